@@ -1,0 +1,52 @@
+# Every command a person or CI needs. `demo` and `test` set up their own environment.
+
+PYTHON ?= python3
+# Without a GPU, `make demo TORCH=cpu` takes PyTorch's CPU wheels and saves gigabytes.
+TORCH ?= default
+PIP_ARGS ?=
+ifeq ($(TORCH),cpu)
+PIP_ARGS += --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+DEMO_OUTPUT ?= outputs/demo
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit check format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+setup: $(STAMP) ## make .venv with everything pinned in constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, got " + sys.version.split()[0] + "; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -r $(VENV)/requirements.txt
+	@touch $(STAMP)
+
+demo: setup ## render the sample manifest with the nano model on this machine
+	$(BIN)/python -m jobs.render output=$(DEMO_OUTPUT) $(ARGS)
+
+test: setup ## run the whole CPU test suite, fast tests first
+	$(BIN)/python -m pytest -m "not gpu and not multi_gpu and not long" tests/test_architecture.py tests/unit tests/model tests/engine tests/end_to_end $(ARGS)
+
+test-unit: setup ## run the unit tests only
+	$(BIN)/python -m pytest tests/test_architecture.py tests/unit $(ARGS)
+
+check: setup ## lint, types, architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, outputs and built model files
+	rm -rf $(VENV) outputs .models .pytest_cache .ruff_cache

@@ -1,0 +1,84 @@
+"""The error classes of the pipeline. The class decides what happens next, never the text.
+
+`retry_can_help` says if another attempt at the same work may succeed; `exit_code` is what a job ends with
+when the error reaches its top (contract, section 1).
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Base of every error this project raises on purpose. Its text is written for the operator."""
+
+    exit_code = 6
+    retry_can_help = False
+
+
+class UsageError(PipelineError):
+    """A command, configuration, path or model file that cannot work as given; nothing was started."""
+
+    exit_code = 2
+
+
+class CheckpointMismatch(UsageError):
+    """A checkpoint's tensors or metadata are not what the model needs; lists every difference."""
+
+
+class InvalidRequest(PipelineError):
+    """A manifest row that cannot be rendered as asked. `problems` holds every reason, one sentence each."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class EngineFault(PipelineError):
+    """The renderer produced something it must not (non-finite latents, a wrong frame count, a broken file)."""
+
+    retry_can_help = True
+
+
+class OutOfMemory(PipelineError):
+    """The work did not fit the memory of its worker."""
+
+
+class StorageUnavailable(PipelineError):
+    """The store refused or lost a write and may accept it later."""
+
+    retry_can_help = True
+
+
+class StorageFull(PipelineError):
+    """The output's disk is full: no later row can be written either, so the job stops, resumable."""
+
+
+class WorkerLost(PipelineError):
+    """A worker ended without an answer."""
+
+    retry_can_help = True
+
+
+class Interrupted(PipelineError):
+    """The operator or the cluster asked the job to stop; what is committed stays, the rest is resumable."""
+
+    exit_code = 5
+
+
+# The classes that the failure policy decides by; an error that is none of ours counts as an engine fault, because a
+# bug met by one row must not end the night for the others.
+FAULTS: tuple[type[PipelineError], ...] = (
+    InvalidRequest,
+    OutOfMemory,
+    StorageFull,
+    StorageUnavailable,
+    WorkerLost,
+    UsageError,
+    EngineFault,
+)
+
+
+def fault_of(error: BaseException) -> str:
+    """The name of the failure class that `error` counts as."""
+    if isinstance(error, MemoryError):
+        return OutOfMemory.__name__
+    return next((cls.__name__ for cls in FAULTS if isinstance(error, cls)), EngineFault.__name__)

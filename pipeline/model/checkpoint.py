@@ -1,0 +1,300 @@
+"""Published single-file checkpoints: what is in them, and the streamed, strict way into a module.
+
+A module is built on the meta device and its tensors come from the file one at a time, so that a second full copy never
+exists. Holds the table from names in code to names on disk. Knows nothing of what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from kernels.ops import OpSet
+from pipeline.errors import CheckpointMismatch, UsageError
+from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.hparams import DenoiserHparams
+
+DENOISER_PREFIX = "model.diffusion_model."
+# The text connectors live under the denoiser's prefix but are parts of the text path.
+CONNECTOR_PREFIXES = (
+    DENOISER_PREFIX + "video_embeddings_connector.",
+    DENOISER_PREFIX + "audio_embeddings_connector.",
+)
+NUM_DIFFERENCES_SHOWN = 20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# Start of a name in code -> start of the name on disk; the rest of the name is the same but for _PARTS.
+_DENOISER_NAMES = {
+    "video.embed.": "patchify_proj.",
+    "video.text_projection.": "caption_projection.",
+    "video.adaln.": "adaln_single.",
+    "video.exchange_adaln.": "av_ca_video_scale_shift_adaln_single.",
+    "video.exchange_gate_adaln.": "av_ca_a2v_gate_adaln_single.",
+    "video.head_table": "scale_shift_table",
+    "video.head.": "proj_out.",
+    "audio.embed.": "audio_patchify_proj.",
+    "audio.text_projection.": "audio_caption_projection.",
+    "audio.adaln.": "audio_adaln_single.",
+    "audio.exchange_adaln.": "av_ca_audio_scale_shift_adaln_single.",
+    "audio.exchange_gate_adaln.": "av_ca_v2a_gate_adaln_single.",
+    "audio.head_table": "audio_scale_shift_table",
+    "audio.head.": "audio_proj_out.",
+}
+_BLOCK_NAMES = {
+    "video.self_attention.": "attn1.",
+    "video.text_attention.": "attn2.",
+    "video.feed_forward.": "ff.",
+    "video.table": "scale_shift_table",
+    "audio.self_attention.": "audio_attn1.",
+    "audio.text_attention.": "audio_attn2.",
+    "audio.feed_forward.": "audio_ff.",
+    "audio.table": "audio_scale_shift_table",
+    "exchange.video_table": "scale_shift_table_a2v_ca_video",
+    "exchange.audio_table": "scale_shift_table_a2v_ca_audio",
+    "exchange.video_from_audio.": "audio_to_video_attn.",
+    "exchange.audio_from_video.": "video_to_audio_attn.",
+}
+# Start of the part of a name within its module in code -> on disk.
+_PARTS = {
+    "embed_1.": "emb.timestep_embedder.linear_1.",
+    "embed_2.": "emb.timestep_embedder.linear_2.",
+    "rows.": "linear.",
+    "widen.": "net.0.proj.",
+    "narrow.": "net.2.",
+    "to_out.": "to_out.0.",
+}
+
+
+class TensorSpec(NamedTuple):
+    """What the header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class CheckpointFile:
+    """An open single-file `.safetensors` checkpoint. Only the header is read until a tensor is asked for.
+
+    Raises UsageError if there is no such file, CheckpointMismatch if it is not a whole safetensors file whose
+    metadata holds a `config`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UsageError(
+                f"{self.path}: checkpoint must be an existing file, got none; stage it or correct the path"
+            )
+        try:
+            self._file = safe_open(str(self.path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            size_bytes = self.path.stat().st_size
+            raise CheckpointMismatch(
+                f"{self.path}: checkpoint must be a complete safetensors file, got {size_bytes} bytes that are not "
+                f"({error}); fetch the file again and compare its hash"
+            ) from error
+        self.config = self._read_config()
+        self._specs = self._read_specs()
+
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor, by its name on disk. Reads no tensor data."""
+        return dict(self._specs)
+
+    def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor in memory of its own on `device`; floating tensors become `dtype` unless that is None.
+
+        KeyError if the checkpoint has no such tensor.
+        """
+        if name not in self._specs:
+            raise KeyError(f"{self.path} has no tensor {name}")
+        # What safetensors hands out on the CPU is a window on the mapped file: copy, so that the file may change later.
+        tensor = self._file.get_tensor(name)
+        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=device, dtype=target, copy=True)
+
+    def _read_config(self) -> dict[str, Any]:
+        metadata = self._file.metadata() or {}
+        wrong = f"{self.path}: checkpoint metadata must hold the model configuration as a JSON object under 'config'"
+        way_out = "use a published single-file checkpoint, not a converted or stripped one"
+        if "config" not in metadata:
+            raise CheckpointMismatch(f"{wrong}, got only {sorted(metadata)}; {way_out}")
+        try:
+            config = json.loads(metadata["config"])
+        except json.JSONDecodeError as error:
+            raise CheckpointMismatch(f"{wrong}, got text that is not JSON ({error}); {way_out}") from error
+        if not isinstance(config, dict):
+            raise CheckpointMismatch(f"{wrong}, got a {type(config).__name__}; {way_out}")
+        return config
+
+    def _read_specs(self) -> dict[str, TensorSpec]:
+        specs = {}
+        for name in self._file.keys():  # noqa: SIM118  (the handle is not a mapping)
+            header = self._file.get_slice(name)
+            if header.get_dtype() not in _DTYPES:
+                raise CheckpointMismatch(
+                    f"{self.path}: {name} must have one of the dtypes {sorted(_DTYPES)}, got {header.get_dtype()}; "
+                    "not supported yet"
+                )
+            specs[name] = TensorSpec(tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+        return specs
+
+
+def load_denoiser(
+    checkpoint: CheckpointFile, ops: OpSet, device: torch.device | str, dtype: torch.dtype | None = None
+) -> AudioVideoDenoiser:
+    """The checkpoint's denoiser on `device`, in evaluation mode, without gradients.
+
+    `dtype` None keeps each tensor as stored. Raises one CheckpointMismatch for metadata of another kind of model, or
+    listing every tensor that is missing, unexpected or of the wrong shape.
+    """
+    owned = denoiser_tensors(checkpoint.tensor_specs())
+    denoiser = build_on_meta(read_hparams(checkpoint), ops)
+    fill_module(denoiser, checkpoint, denoiser_names(denoiser, owned), device=device, dtype=dtype, what="the denoiser")
+    return denoiser.eval()
+
+
+def read_hparams(checkpoint: CheckpointFile) -> DenoiserHparams:
+    """The denoiser's hyper-parameters; CheckpointMismatch if the metadata describes a model we do not have."""
+    source = f"{checkpoint.path}: metadata config"
+    transformer = checkpoint.config.get("transformer")
+    if not isinstance(transformer, dict):
+        raise CheckpointMismatch(
+            f"{source} must have a section 'transformer', got {sorted(checkpoint.config)}; use a file with a denoiser"
+        )
+    return DenoiserHparams.from_config(
+        transformer, has_audio=has_audio_stream(denoiser_tensors(checkpoint.tensor_specs())), source=source
+    )
+
+
+def build_on_meta(hparams: DenoiserHparams, ops: OpSet) -> AudioVideoDenoiser:
+    """The denoiser with shapes only: takes no memory, holds no values."""
+    with torch.device("meta"):
+        return AudioVideoDenoiser(hparams, ops)
+
+
+def denoiser_tensors(names_on_disk: Iterable[str]) -> list[str]:
+    """Those names on disk that belong to the denoiser itself."""
+    return [
+        name for name in names_on_disk if name.startswith(DENOISER_PREFIX) and not name.startswith(CONNECTOR_PREFIXES)
+    ]
+
+
+def has_audio_stream(denoiser_tensors_on_disk: Iterable[str]) -> bool:
+    """If the denoiser has an audio stream. Files of the video-only kind carry the same metadata, so tensors decide."""
+    return any("audio_" in name or ".av_ca_" in name for name in denoiser_tensors_on_disk)
+
+
+def denoiser_names(denoiser: nn.Module, owned: Iterable[str]) -> dict[str, str]:
+    """Names on disk to names in code, for `fill_module`: all that the denoiser has and all that the file has."""
+    names = {name_on_disk(name): name for name in denoiser.state_dict()}
+    return names | {stored: stored for stored in owned if stored not in names}
+
+
+def name_on_disk(name_in_code: str) -> str:
+    """Where a published checkpoint keeps the denoiser's tensor of this name."""
+    block = re.match(r"blocks\.(\d+)\.", name_in_code)
+    table, within = (_BLOCK_NAMES, name_in_code[block.end() :]) if block else (_DENOISER_NAMES, name_in_code)
+    start = f"transformer_blocks.{block.group(1)}." if block else ""
+    module = next(prefix for prefix in table if within.startswith(prefix))
+    part = within.removeprefix(module)
+    for in_code, on_disk in _PARTS.items():
+        if part.startswith(in_code):
+            part = on_disk + part.removeprefix(in_code)
+            break
+    return DENOISER_PREFIX + start + table[module] + part
+
+
+def fill_module(
+    module: nn.Module,
+    checkpoint: CheckpointFile,
+    names: Mapping[str, str],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    what: str,
+) -> None:
+    """Give `module` (built on the meta device) its tensors, one at a time, straight to `device`.
+
+    `names` maps every tensor name on disk that belongs to this part to its state_dict name in the module; a tensor
+    that has no place there maps to any name the module lacks. `what` names the part in messages. Parameters are set
+    without gradient. Raises one CheckpointMismatch, before anything is read, that lists every tensor of the module
+    without a source, every source without a place, and every wrong shape.
+    """
+    places = _places(module)
+    problems = differences(
+        {name: tuple(tensor.shape) for name, tensor in places.items()}, checkpoint.tensor_specs(), names
+    )
+    if problems:
+        raise CheckpointMismatch(_mismatch_message(checkpoint.path, what, problems))
+    for stored, place in names.items():
+        owner_name, _, leaf = place.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        tensor = checkpoint.read(stored, device, dtype)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def differences(
+    places: Mapping[str, tuple[int, ...]], specs: Mapping[str, TensorSpec], names: Mapping[str, str]
+) -> list[str]:
+    """What keeps the tensors on disk (`specs`) from filling `places` (name in code -> shape) by way of `names`.
+
+    One line a problem, missing tensors first, then unexpected ones, then wrong shapes; empty if all fits.
+    """
+    sources = {place: stored for stored, place in names.items()}
+    missing = [f"missing: {sources.get(place, place)}" for place in places if sources.get(place) not in specs]
+    unexpected = [
+        f"unexpected: {stored}"
+        for stored, place in names.items()
+        if stored in specs and (place not in places or sources[place] != stored)
+    ]
+    wrong_shape = [
+        f"wrong shape: {stored} must be {list(places[place])}, got {list(specs[stored].shape)}"
+        for stored, place in names.items()
+        if stored in specs and place in places and specs[stored].shape != places[place]
+    ]
+    return sorted(missing) + sorted(unexpected) + sorted(wrong_shape)
+
+
+def _places(module: nn.Module) -> dict[str, Tensor]:
+    """What has to come from the file: the state dict, and any other buffer that has no values yet."""
+    saved = module.state_dict().keys()
+    return {name: tensor for name, tensor in _all_tensors(module) if name in saved or tensor.is_meta}
+
+
+def _all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _mismatch_message(path: Path, what: str, problems: list[str]) -> str:
+    shown = problems[:NUM_DIFFERENCES_SHOWN]
+    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+    lines = "\n".join(f"  {line}" for line in shown + more)
+    return (
+        f"{path}: tensors of {what} must be exactly those of the model its metadata describes, got {len(problems)} "
+        f"differences; use the published file of this model\n{lines}"
+    )

@@ -1,0 +1,39 @@
+"""Structured log lines and the stage callback. Standard library only, so that every floor may use it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+# Called with the name of the state that a worker's device enters ("denoise", "decode", ...). The names are
+# those of the ledger (contract, section 3); whoever accounts for time supplies the function.
+OnStage = Callable[[str], None]
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, and whatever was passed as `extra={"facts": ...}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line.update(getattr(record, "facts", {}))
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_to_stderr(*, level: str) -> None:
+    """Send the project's log lines to stderr as JSON; third-party loggers stay at warning."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    root = logging.getLogger("pipeline")
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    root.propagate = False

@@ -1,0 +1,1 @@
+"""Shared fixtures. Tests read nothing outside the repository; what they compare with lies in `tests/fixtures`."""

@@ -1,0 +1,180 @@
+"""Equality with an independent implementation, diffusers', on fresh random weights and sizes at every run.
+
+Timesteps are uniform: elsewhere diffusers follows older releases on the audio-video gate.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import secrets
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LTX2VideoTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kernels.ops import reference_ops
+from pipeline.model.checkpoint import DENOISER_PREFIX, CheckpointFile, load_denoiser
+from pipeline.model.streams import DistinctTimesteps, Perturbation, TokenStream
+
+BOUND = 1e-4
+
+# Parts of names in diffusers -> in published files; the first that fits counts.
+PUBLISHED_NAMES = {
+    "video_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_video",
+    "audio_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_audio",
+    "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
+    "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
+    "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
+    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
+    "time_embed": "adaln_single",
+    "proj_in": "patchify_proj",
+    "norm_q": "q_norm",
+    "norm_k": "k_norm",
+}
+
+
+def published_name(name: str) -> str:
+    for theirs, published in PUBLISHED_NAMES.items():
+        if theirs in name:
+            return DENOISER_PREFIX + name.replace(theirs, published)
+    return DENOISER_PREFIX + name
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")  # noqa: T201  (pytest shows it when a test fails)
+    return torch.Generator().manual_seed(seed)
+
+
+def pick(rng: torch.Generator, *options: int) -> int:
+    return options[int(torch.randint(len(options), (), generator=rng))]
+
+
+def random_section(rng: torch.Generator) -> dict:
+    """A `transformer` section of random small size, in the published spelling."""
+    heads, head_dim, audio_head_dim = pick(rng, 1, 2, 4), pick(rng, 8, 16, 24), pick(rng, 4, 8, 12)
+    return {
+        "_class_name": "AVTransformer3DModel",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": head_dim,
+        "audio_attention_head_dim": audio_head_dim,
+        "audio_cross_attention_dim": heads * audio_head_dim,
+        "audio_in_channels": pick(rng, 8, 20),
+        "audio_num_attention_heads": heads,
+        "audio_out_channels": pick(rng, 8, 20),
+        "audio_positional_embedding_max_pos": [20],
+        "av_ca_timestep_scale_multiplier": pick(rng, 1, 1000),
+        "av_cross_ada_norm": True,
+        "caption_channels": pick(rng, 12, 40),
+        "cross_attention_dim": heads * head_dim,
+        "frequencies_precision": "float64",
+        "in_channels": pick(rng, 8, 16),
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "num_attention_heads": heads,
+        "num_layers": pick(rng, 1, 2, 3),
+        "out_channels": pick(rng, 8, 16),
+        "positional_embedding_max_pos": [20, 2048, 2048],
+        "positional_embedding_theta": 10000.0,
+        "positional_embedding_type": "rope",
+        "qk_norm": "rms_norm",
+        "rope_type": "split",
+        "standardization_norm": "rms_norm",
+        "timestep_scale_multiplier": 1000,
+        "use_audio_video_cross_attention": True,
+        "use_middle_indices_grid": True,
+    }
+
+
+def their_model(section: dict, rng: torch.Generator) -> LTX2VideoTransformer3DModel:
+    theirs = inspect.signature(LTX2VideoTransformer3DModel.__init__).parameters
+    same = {key: value for key, value in section.items() if key in theirs and key != "qk_norm"}
+    model = LTX2VideoTransformer3DModel(
+        **same,
+        cross_attn_timestep_scale_multiplier=section["av_ca_timestep_scale_multiplier"],
+        rope_double_precision=True,
+        perturbed_attn=True,
+    )
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=rng)
+        is_norm = "norm_q" in name or "norm_k" in name
+        scale = 0.3 if parameter.ndim == 1 or "table" in name else parameter.shape[-1] ** -0.5
+        parameter.data = noise * scale + (1.0 if is_norm else 0.0)
+    return model.eval()
+
+
+def random_stream(section: dict, prefix: str, num_axes: int, num_tokens: int, rng: torch.Generator) -> TokenStream:
+    batch, num_text = 2, 7
+    start = (
+        torch.rand(batch, num_axes, num_tokens, generator=rng) * torch.tensor([8.0, 1500.0, 1500.0])[:num_axes, None]
+    )
+    keep = torch.rand(batch, num_text, generator=rng) < 0.7
+    keep[:, 0] = True
+    sigma_B = torch.rand(batch, generator=rng)
+    return TokenStream(
+        tokens_BTC=torch.randn(batch, num_tokens, section[f"{prefix}in_channels"], generator=rng),
+        timesteps=DistinctTimesteps.uniform(sigma_B),
+        sigma_B=sigma_B,
+        positions_BAT2=torch.stack((start, start + 0.25), dim=-1),
+        text_BSD=torch.randn(batch, num_text, section["caption_channels"], generator=rng),
+        text_mask_BS=keep.long(),
+    )
+
+
+def their_velocities(
+    model: LTX2VideoTransformer3DModel, video: TokenStream, audio: TokenStream, **guidance: object
+) -> tuple[Tensor, Tensor]:
+    return model(
+        hidden_states=video.tokens_BTC,
+        audio_hidden_states=audio.tokens_BTC,
+        encoder_hidden_states=video.text_BSD,
+        audio_encoder_hidden_states=audio.text_BSD,
+        timestep=video.sigma_B[:, None] * 1000,
+        audio_timestep=audio.sigma_B[:, None] * 1000,
+        sigma=video.sigma_B * 1000,
+        audio_sigma=audio.sigma_B * 1000,
+        encoder_attention_mask=video.text_mask_BS,
+        audio_encoder_attention_mask=audio.text_mask_BS,
+        video_coords=video.positions_BAT2,
+        audio_coords=audio.positions_BAT2,
+        use_cross_timestep=False,
+        return_dict=False,
+        **guidance,
+    )
+
+
+@pytest.mark.parametrize("guidance", ["plain", "skipped_self_attention", "isolated"])
+def test_velocities_equal_those_of_diffusers_on_random_weights(
+    guidance: str, rng: torch.Generator, tmp_path: Path
+) -> None:
+    section = random_section(rng)
+    theirs = their_model(section, rng)
+    path = tmp_path / "random.safetensors"
+    stored = {published_name(name): tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    save_file(stored, path, metadata={"config": json.dumps({"transformer": section})})
+    ours = load_denoiser(CheckpointFile(path), reference_ops(), "cpu")
+
+    # One noise level for both streams: only then do all gate rules agree.
+    video = random_stream(section, "", 3, pick(rng, 1, 5, 12), rng)
+    audio = random_stream(section, "audio_", 1, pick(rng, 1, 3, 8), rng)
+    audio = TokenStream(**{**vars(audio), "sigma_B": video.sigma_B, "timesteps": video.timesteps})
+    last = section["num_layers"] - 1
+    their_guidance, our_guidance = {
+        "plain": ({}, None),
+        "skipped_self_attention": (
+            {"spatio_temporal_guidance_blocks": [last], "perturbation_mask": torch.tensor([1.0, 0.0])},
+            (Perturbation(), Perturbation(frozenset({last}), frozenset({last}))),
+        ),
+        "isolated": ({"isolate_modalities": True}, (Perturbation(isolate_streams=True),) * 2),
+    }[guidance]
+
+    expected = their_velocities(theirs, video, audio, **their_guidance)
+    for got, want in zip(ours(video, audio, perturbations=our_guidance), expected, strict=True):
+        error = ((got - want).abs().max() / want.abs().max()).item()
+        assert error <= BOUND

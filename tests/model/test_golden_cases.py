@@ -1,0 +1,143 @@
+"""The denoiser computes what LTX-2 release 1.2.0 computed for the same weights and inputs (float32, CPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.reference import rows_of_tokens
+from pipeline.model.block import StreamState
+from pipeline.model.denoiser import AudioVideoDenoiser
+
+# Largest error over largest value. The recorded tolerance is 1e-4 and independent implementations agree to 5e-7; this
+# bound is tight enough that a float32 frequency grid (4.5e-5) or diffusers' gate rule (6e-2) fails it.
+OUTPUT_BOUND = 2e-6
+# Values on the way there; rotary tables are compared absolutely.
+ROTARY_BOUND = 1e-5
+
+CASES = ["audio_only", "frozen_audio", "i2v", "masked", "stg", "t2v", "video_only"]
+
+Golden = Callable[[str], Any]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("case_name", CASES)
+def test_velocities_of_both_streams_are_those_of_the_official_model(
+    case_name: str, av_denoiser: AudioVideoDenoiser, golden: Golden, record_property: Callable[[str, object], None]
+) -> None:
+    case = golden(f"dit_ltx2_0/case_{case_name}")
+    video, audio = av_denoiser(case.video, case.audio, perturbations=case.perturbations)
+    for name, velocity in (("video", video), ("audio", audio)):
+        assert (velocity is None) == (f"out.{name}" not in case.expected)
+        if velocity is not None:
+            error = relative_error(velocity, case.expected[f"out.{name}"])
+            record_property(f"{name} error", f"{error:.1e}")
+            assert error <= OUTPUT_BOUND
+
+
+def test_video_only_kind_of_model_needs_no_audio_weights(
+    video_only_denoiser: AudioVideoDenoiser, golden: Golden
+) -> None:
+    case = golden("dit_ltx2_0_video_model/case_t2v")
+    video, audio = video_only_denoiser(case.video, None)
+    assert relative_error(video, case.expected["out.video"]) <= OUTPUT_BOUND
+    assert audio is None
+    assert not [name for name in video_only_denoiser.state_dict() if "audio" in name or "exchange" in name]
+
+
+@pytest.mark.parametrize(
+    ("model", "case_name"),
+    [("av_denoiser", "dit_ltx2_0/case_t2v"), ("video_only_denoiser", "dit_ltx2_0_video_model/case_t2v")],
+)
+def test_every_block_yields_the_official_tokens(
+    model: str, case_name: str, golden: Golden, request: pytest.FixtureRequest
+) -> None:
+    denoiser, case = request.getfixturevalue(model), golden(case_name)
+    outputs = []
+    handles = [block.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for block in denoiser.blocks]
+    denoiser(case.video, case.audio)
+    for handle in handles:
+        handle.remove()
+    compared = 0
+    for index, states in enumerate(outputs):
+        for name, state in zip(("video", "audio"), states, strict=True):
+            if state is not None:
+                assert relative_error(state.x_BTD, case.expected[f"mid.block.{index}.{name}"]) <= OUTPUT_BOUND
+                compared += 1
+    assert compared == sum(key.startswith("mid.block.") for key in case.expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "case_name"),
+    [("av_denoiser", "dit_ltx2_0/case_t2v"), ("video_only_denoiser", "dit_ltx2_0_video_model/case_t2v")],
+)
+def test_what_the_first_block_is_given_is_official(
+    model: str, case_name: str, golden: Golden, request: pytest.FixtureRequest
+) -> None:
+    denoiser, case = request.getfixturevalue(model), golden(case_name)
+    given = []
+    handle = denoiser.blocks[0].register_forward_pre_hook(lambda _m, args: given.append(args))
+    denoiser(case.video, case.audio)
+    handle.remove()
+    compared = 0
+    for name, state in zip(("video", "audio"), given[0][:2], strict=True):
+        for key, value in _inputs_of_first_block(state).items():
+            expected = case.expected[f"mid.pre.{name}.{key}"]
+            if "rope" in key:
+                assert value.shape == expected.shape
+                assert (value - expected).abs().max() <= ROTARY_BOUND, key
+            else:
+                assert relative_error(value.expand_as(expected), expected) <= OUTPUT_BOUND, key
+            compared += 1
+    unused_here = 0 if case.audio is not None else len(_exchange_keys(case.expected))
+    assert compared == sum(key.startswith("mid.pre.") for key in case.expected) - unused_here
+
+
+def _exchange_keys(expected: dict[str, Tensor]) -> list[str]:
+    return [key for key in expected if key.startswith("mid.pre.") and ".cross_" in key]
+
+
+def _inputs_of_first_block(state: StreamState | None) -> dict[str, Tensor]:
+    """Under the names of the recording, modulation gathered for each token."""
+    if state is None:
+        return {}
+    modulation, conditioning = state.modulation, state.conditioning
+    index_BT = modulation.index_BT
+    values = {
+        "x": state.x_BTD,
+        "context": conditioning.text_BSD,
+        "timesteps": rows_of_tokens(modulation.rows_BK6D.flatten(2), index_BT),
+        "embedded_timestep": rows_of_tokens(modulation.embedded_BKD, index_BT),
+        "rope_cos": conditioning.rotary.cos_BHTP,
+        "rope_sin": conditioning.rotary.sin_BHTP,
+    }
+    if modulation.exchange is not None and conditioning.exchange_rotary is not None:
+        values["cross_gate"] = modulation.exchange.gate_B1D
+        values["cross_scale_shift"] = rows_of_tokens(modulation.exchange.rows_BK4D.flatten(2), index_BT)
+        values["cross_rope_cos"] = conditioning.exchange_rotary.cos_BHTP
+        values["cross_rope_sin"] = conditioning.exchange_rotary.sin_BHTP
+    return values
+
+
+def test_bfloat16_weights_stay_close_to_float32_even_under_masks(
+    av_denoiser: AudioVideoDenoiser, golden: Golden
+) -> None:
+    case = golden("dit_ltx2_0/case_masked")
+    half = _copy_in_bfloat16(av_denoiser)
+    for got, name in zip(half(case.video, case.audio), ("video", "audio"), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert relative_error(got.float(), case.expected[f"out.{name}"]) <= 3e-2
+
+
+def _copy_in_bfloat16(denoiser: AudioVideoDenoiser) -> AudioVideoDenoiser:
+    copy = AudioVideoDenoiser(denoiser.hparams, denoiser.blocks[0].video.ops).bfloat16()
+    copy.load_state_dict(denoiser.state_dict())
+    return copy

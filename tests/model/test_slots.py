@@ -1,0 +1,67 @@
+"""The denoiser computes through its slots, and attention alone can be replaced from outside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.ops import OpSet, reference_ops
+from pipeline.model.attention import Attention
+from pipeline.model.checkpoint import CheckpointFile, load_denoiser
+
+Golden = Callable[[str], Any]
+
+
+def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures: Path, golden: Golden) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object) -> Tensor:
+            calls[name] += 1
+            return operation(*args)
+
+        return call
+
+    plain = reference_ops()
+    ops = OpSet(**{field.name: counted(field.name, getattr(plain, field.name)) for field in fields(OpSet)})
+    denoiser = load_denoiser(CheckpointFile(fixtures / "dit_ltx2_0" / "model.safetensors"), ops, "cpu")
+    case = golden("dit_ltx2_0/case_t2v")
+    denoiser(case.video, case.audio)
+    num_layers = denoiser.hparams.num_layers
+    assert calls == {
+        "attention": 6 * num_layers,
+        "qk_norm_rope": 12 * num_layers,
+        "rms_norm": 2 * num_layers,
+        "modulated_rms_norm": 8 * num_layers,
+        "gated_residual": 6 * num_layers,
+        "gelu_tanh": 2 * num_layers + 2,
+        "modulated_layer_norm": 2,
+    }
+
+
+def test_replacing_attend_is_enough_to_change_how_attention_runs(fixtures: Path, golden: Golden) -> None:
+    denoiser = load_denoiser(CheckpointFile(fixtures / "dit_ltx2_0" / "model.safetensors"), reference_ops(), "cpu")
+    case = golden("dit_ltx2_0/case_masked")
+    expected = denoiser(case.video, case.audio)
+    replaced = 0
+    for module in denoiser.modules():
+        if isinstance(module, Attention):
+            module.attend = _half_of_the_heads_at_a_time(module.attend)
+            replaced += 1
+    assert replaced == 6 * denoiser.hparams.num_layers
+    for got, want in zip(denoiser(case.video, case.audio), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def _half_of_the_heads_at_a_time(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def split(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
+        halves = zip(q_BHTK.chunk(2, 1), k_BHSK.chunk(2, 1), v_BHSK.chunk(2, 1), strict=True)
+        return torch.cat([attend(q, k, v, bias) for q, k, v in halves], dim=1)
+
+    return split
