@@ -1,0 +1,163 @@
+"""The one entry of all jobs: command line to typed configuration, errors to exit codes.
+
+Hydra's compose API instead of `@hydra.main`, which ends every composition error with exit 1, makes an `outputs/`
+folder at each call and cannot take a path with `=` in it. Values of path keys are taken verbatim.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+
+from pipeline.config import (
+    RecipeConfig,
+    RenderJob,
+    ReportJob,
+    StageWeightsJob,
+    from_tree,
+    leaf_keys,
+    set_verbatim,
+    yaml_text,
+)
+from pipeline.errors import PipelineError, UsageError
+from pipeline.telemetry import log_to_stderr
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+PATH_KEYS = ("manifest", "output", "report", "run", "model.folder", "model.checkpoint", "model.text_encoder")
+T = TypeVar("T")
+EXIT_BUG = 1
+EXIT_USAGE = 2
+
+
+def compose_job(schema: type[T], name: str, argv: list[str]) -> T:
+    """The job `name` as an object of `schema`, from `conf/<name>.yaml` and the overrides in `argv`.
+
+    Raises UsageError, in one line, for whatever cannot be composed. `--help` and `--cfg` print and exit 0.
+    """
+    with _Hydra(schema):
+        return _composed(schema, name, argv)
+
+
+def compose_recipes(name: str, argv: list[str]) -> dict[str, RecipeConfig]:
+    """Every recipe of `conf/recipe/` under the same overrides: rows may name another than the job's."""
+    overrides = [argument for argument in argv if not argument.startswith("recipe=")]
+    with _Hydra(RenderJob):
+        return {
+            recipe: _composed(RenderJob, name, [*overrides, f"recipe={recipe}"]).recipe for recipe in _members("recipe")
+        }
+
+
+def run_job(main: Callable[[list[str]], int]) -> None:
+    """Run a job's `main` on the command line and end the process with its exit code."""
+    try:
+        code = main(sys.argv[1:])
+    except PipelineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        code = error.exit_code
+    except Exception:  # noqa: BLE001 - the contract's exit code for a bug, with its traceback
+        traceback.print_exc()
+        code = EXIT_BUG
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A worker thread that was given up may still be in the middle of a tensor operation: do not wait for it.
+    os._exit(code)
+
+
+class _Hydra:
+    """Hydra with our configuration folder and the schema of one job, for the length of a `with`."""
+
+    def __init__(self, schema: type) -> None:
+        schema_name = schema.__name__.removesuffix("Job").lower()
+        ConfigStore.instance().store(group="schema", name=schema_name, node=schema, package="_global_")
+        self._context = initialize_config_dir(str(CONF), version_base="1.3")
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        self._context.__exit__(*exc)
+
+
+def _composed(schema: type[T], name: str, argv: list[str]) -> T:
+    if {"--help", "-h"} & set(argv):
+        _exit_after(_help_text(name))
+    verbatim = dict(argument.split("=", 1) for argument in argv if argument.split("=", 1)[0] in PATH_KEYS)
+    overrides = [argument for argument in argv if argument.split("=", 1)[0] not in PATH_KEYS and argument != "--cfg"]
+    _check_keys(name, [*overrides, *verbatim])
+    try:
+        tree = compose(name, overrides)
+    except HydraException as error:
+        raise UsageError(_one_line(error)) from error
+    for key, value in verbatim.items():
+        set_verbatim(tree, key, value)
+    if "--cfg" in argv:
+        _exit_after(yaml_text(tree))
+    job = from_tree(tree)
+    assert isinstance(job, schema)
+    log_to_stderr(level=getattr(job, "log_level", "warning"))
+    return job
+
+
+def _check_keys(name: str, arguments: list[str]) -> None:
+    """Refuse a misspelt key with the nearest valid one; Hydra's own message names no alternative."""
+    valid = [*leaf_keys(compose(name)), *_groups()]
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals and argument not in PATH_KEYS:
+            raise UsageError(f"arguments must be key=value, got {argument!r}; see --help")
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise UsageError(f"{key!r} is not a setting of jobs.{name}; {hint}")
+
+
+def _groups() -> Iterator[str]:
+    return (path.name for path in sorted(CONF.iterdir()) if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def _members(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _one_line(error: Exception) -> str:
+    """The innermost reason of a Hydra error, without its hints about Hydra's own flags."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    first = lines[0]
+    if "Could not find" in str(cause) and "Available options" in str(cause):
+        group, _, wrong = first.split("'")[-2].rpartition("/")
+        return f"{group} must be one of {', '.join(_members(group))}, got {wrong!r}; see --help"
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    if first.endswith("is not a ListConfig, list or tuple."):
+        first = "must be a list like [a,b]"
+    return f"{key}: {first}; see --help" if key else f"{first}; see --help"
+
+
+def _help_text(name: str) -> str:
+    lines = [f"python -m jobs.{name} [key=value ...]", "", "Config groups (group=member):"]
+    composed = compose(name)
+    for group in _groups():
+        if group in composed:
+            lines.append(f"  {group}: {', '.join(_members(group))}")
+    lines += ["", "Settings and their values now (--cfg prints them as YAML):"]
+    lines += [f"  {key}={value}" for key, value in leaf_keys(composed).items()]
+    return "\n".join(lines)
+
+
+def _exit_after(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    raise SystemExit(0)
+
+
+__all__ = ["RenderJob", "ReportJob", "StageWeightsJob", "compose_job", "compose_recipes", "run_job"]

@@ -1,0 +1,62 @@
+"""Render a manifest: Parquet rows in, MP4s, results and a ledger out. `--help` lists the settings."""
+
+from __future__ import annotations
+
+import jobs.interrupts  # noqa: F401 - first, so that a signal during slow imports is exit 5
+
+# isort: split
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from jobs.entry import RenderJob, compose_job, compose_recipes, run_job
+from jobs.interrupts import EXIT_INTERRUPTED
+from jobs.quote import print_quote
+from jobs.stage_weights import stage_model
+from pipeline.assembly.driver_side import Run, make_plan
+from pipeline.cluster.driver import StopRequest
+from pipeline.errors import UsageError
+from pipeline.storage.models import fingerprint
+
+
+def main(argv: list[str]) -> int:
+    job = compose_job(RenderJob, "render", argv)
+    recipes = compose_recipes("render", argv)
+    model_fingerprint = _staged(job)
+    manifest, plan = make_plan(job, recipes, model_fingerprint)
+    if job.dry_run:
+        return print_quote(job, manifest, plan)
+    run = Run(job, recipes, model_fingerprint, manifest, plan, _stop_on_signals())
+    return run.execute()
+
+
+def _staged(job: RenderJob) -> str:
+    """The model's fingerprint; the model that this project builds itself is built on first use."""
+    try:
+        return fingerprint(Path(job.model.folder), job.model.name)
+    except UsageError:
+        if not job.model.built_here:
+            raise
+        return stage_model(job.model)
+
+
+def _stop_on_signals() -> StopRequest:
+    """Ask the driver to stop at the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+    stop = StopRequest()
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if stop.reason is not None:
+            os._exit(EXIT_INTERRUPTED)
+        stop.reason = f"interrupted ({signal.Signals(signum).name}); the same command goes on from here"
+        sys.stderr.write("\nstopping: what is committed stays, the rest is resumable\n")
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, ask)
+    return stop
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,1 @@
+"""Configuration to objects, nothing more: one file for each kind of process."""

@@ -1,0 +1,265 @@
+"""The composition root of a driver: configuration to a planned, running and closed run. Loads no torch itself.
+
+The factory handed to workers imports the worker's root where it is called, so torch loads in workers only.
+"""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.driver import Driver, Ending, StopRequest
+from pipeline.cluster.local_pool import LocalPool
+from pipeline.cluster.pool import Worker
+from pipeline.cluster.progress import Counts, Progress
+from pipeline.config import Price, RecipeConfig, RenderJob, to_plain
+from pipeline.cost.allocation import Allocation, allocate
+from pipeline.cost.meter import Meter, utc_clock
+from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
+from pipeline.errors import Interrupted, PipelineError, UsageError
+from pipeline.planning.estimate import Estimator
+from pipeline.planning.plan import Plan, Planner, Selection
+from pipeline.planning.policy import Admission
+from pipeline.planning.queue import WorkQueue
+from pipeline.records.outcome import NS_PER_S, RunFacts, WorkerSeat, item_row, rejected_row, skipped_row, timestamp
+from pipeline.records.request import RequestLimits
+from pipeline.report.rebuild import rebuild
+from pipeline.storage.assets import AssetStore
+from pipeline.storage.filesystem import create_folder, is_local, local_path
+from pipeline.storage.manifest import Manifest, open_manifest
+from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
+from pipeline.storage.tables import write_results
+
+_REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "av", "pyarrow", "hydra-core", "ray")
+
+
+def worker_device(job: RenderJob) -> str:
+    """The device workers will use, found without torch: the driver's `nvidiactl` is there iff a GPU is."""
+    if job.cluster.device != "auto":
+        return job.cluster.device
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def worker_price(job: RenderJob, device: str) -> Price:
+    return job.pricing.gpu if device == "cuda" else job.pricing.cpu_worker
+
+
+def planner(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: str) -> Planner:
+    device = worker_device(job)
+    tflops = job.cluster.assumed_gpu_tflops if device == "cuda" else job.cluster.assumed_cpu_tflops
+    return Planner(
+        recipes=recipes,
+        default_recipe=job.recipe.name,
+        precision=job.precision,
+        fingerprint=fingerprint,
+        limits=RequestLimits(job.limits.max_side_px, job.limits.max_duration_s),
+        estimator=Estimator(job.model.size, tflops, unit_price(worker_price(job, device))),
+    )
+
+
+def make_plan(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: str) -> tuple[Manifest, Plan]:
+    """Read and judge the manifest, and see what is done; writes nothing."""
+    if not is_local(job.output):
+        raise UsageError(f"output must be a local folder for now, got {job.output!r}; render locally, then copy")
+    manifest = open_manifest(job.manifest)
+    planning = planner(job, recipes, fingerprint)
+    store = AssetStore(local_path(job.output))
+
+    def committed(keys: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
+        return store.committed(keys) if job.resume else {}
+
+    selection = Selection(None if job.ids is None else tuple(job.ids), job.limit)
+    return manifest, planning.plan(planning.intake(manifest.rows()), selection, committed)
+
+
+@dataclass
+class Run:
+    """One start of one driver, from its plan to its report."""
+
+    job: RenderJob
+    recipes: dict[str, RecipeConfig]
+    fingerprint: str
+    manifest: Manifest
+    plan: Plan
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        self._now_ns = utc_clock()
+        self._started_ns = self._now_ns()
+        self._device = worker_device(self.job)
+        self._price = unit_price(worker_price(self.job, self._device))
+        self.output = local_path(self.job.output)
+        at = timestamp(self._started_ns).strftime("%Y%m%dT%H%M%S")
+        self.run_id = self.job.run_id or f"{at}-{secrets.token_hex(3)}"
+        self.facts = RunFacts(
+            self.run_id, self.job.model.name, self.fingerprint, self.job.precision.name, self.job.parallel.name
+        )
+
+    def execute(self) -> int:
+        """Drive the plan to its end and close the books; returns the exit code of the contract."""
+        create_folder(self.output)
+        closed = close_dead_runs(self.output, self._now_ns(), self._cost_of, self.run_id)
+        folder = RunFolder(self.output, self.run_id)
+        folder.open(self._run_facts(), self._now_ns())
+        for run_id in closed:
+            folder.log("closed_dead_run", self._now_ns(), run_id=run_id)
+        warning = stale_price_warning(worker_price(self.job, self._device), datetime.now(UTC).date())
+        if warning is not None:
+            sys.stderr.write(f"warning: {warning}\n")
+        early = self._early_rows()
+        for row in early:
+            if row["status"] == "rejected":
+                folder.log("rejected", self._now_ns(), id=row["id"], row=row)
+        ending = self._driver(folder).drive()
+        return self._finish(folder, ending, early)
+
+    def _driver(self, folder: RunFolder) -> Driver:
+        queued_ns = self._now_ns()
+        plan = self.plan
+        return Driver(
+            queue=WorkQueue(replace(item, queued_ns=queued_ns) for item in plan.to_render),
+            pool=LocalPool(self._build_worker, self._acquire),
+            log=folder,
+            facts=self.facts,
+            admission=Admission(self.job.budget_usd, self.job.deadline_ns),
+            stop=self.stop,
+            counts=Counts(len(plan.to_render), len(plan.done), len(plan.rejected)),
+            progress=Progress(sys.stderr),
+            now_ns=self._now_ns,
+            flush_every_s=FLUSH_EVERY_S,
+        )
+
+    def _build_worker(self, meter: Meter) -> Worker:
+        # Imported where it is called: this is what loads torch, and only a worker needs it.
+        from pipeline.assembly.worker_side import build_worker
+
+        return build_worker(self.job, self.recipes, self.facts, self._device, meter)
+
+    def _acquire(self) -> Meter:
+        seat = WorkerSeat(
+            run_id=self.run_id,
+            gpu_id=f"{self._device}-0",
+            node_id=platform.node(),
+            group_id="group-0",
+            rank=0,
+            acquired_ns=self._now_ns(),
+        )
+        return Meter(seat, self._price, self._now_ns)
+
+    def _cost_of(self, price_id: str, duration_ns: int) -> Any:
+        """Prices a dead run's tail. Its own price if this configuration still has it, else the one in force."""
+        prices = {p.price_id: unit_price(p) for p in (self.job.pricing.gpu, self.job.pricing.cpu_worker)}
+        price: UnitPrice = prices.get(price_id, self._price)
+        return price.cost(duration_ns)
+
+    def _early_rows(self) -> list[dict[str, Any]]:
+        """The results rows that are known before the first clip is rendered."""
+        rows = [skipped_row(item, record, self.facts) for item, record in self.plan.done]
+        rows += [item_row(item, self.facts, status="not_started") for item in self.plan.left_out]
+        rows += [rejected_row(r.row, r.row_index, r.message, self.facts) for r in self.plan.rejected]
+        for rejection in self.plan.left_out_rejected:
+            row = rejected_row(rejection.row, rejection.row_index, rejection.message, self.facts)
+            rows.append({**row, "status": "not_started"})
+        return rows
+
+    def _run_facts(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "state": "running",
+            "exit_code": None,
+            "started_at": timestamp(self._started_ns).isoformat(),
+            "finished_at": None,
+            "model": self.job.model.name,
+            "model_fingerprint": self.fingerprint,
+            "recipe": self.job.recipe.name,
+            "precision": self.job.precision.name,
+            "manifest": self.manifest.uri,
+            "manifest_sha256": self.manifest.sha256,
+            "output": self.output.as_uri(),
+            "price_id": self._price.price_id,
+            "usd_per_worker_hour": str(self._price.usd_per_hour),
+            "config": to_plain(self.job),
+            "versions": _versions(),
+            "totals": {"rows": self.manifest.num_rows},
+            "workers": [],
+        }
+
+    def _finish(self, folder: RunFolder, ending: Ending, early: list[dict[str, Any]]) -> int:
+        rows = sorted([*early, *ending.rows], key=lambda row: row["row_index"])
+        allocation = allocate(ending.entries, ending.rendered_attempts)
+        _charge(rows, allocation, set(ending.rendered_attempts))
+        code = _exit_code(rows, ending)
+        state = "finished" if code in (0, 3) else "stopped"
+        write_results(folder.path / "results", rows, self.manifest.x_columns)
+        folder.log("ended", self._now_ns(), exit_code=code, reason=str(ending.stopped_by or ending.limit_reached or ""))
+        folder.update(
+            {
+                "state": "interrupted" if isinstance(ending.stopped_by, Interrupted) else state,
+                "exit_code": code,
+                "finished_at": timestamp(self._now_ns()).isoformat(),
+                "totals": _totals(rows, allocation, (self._now_ns() - self._started_ns) / NS_PER_S),
+            }
+        )
+        folder.close()
+        summary = rebuild(folder.path)
+        sys.stdout.write(summary.text + "\n")
+        sys.stdout.write(f"report: {folder.path / 'report.html'}\n")
+        _say_why(ending)
+        return code
+
+
+def _charge(rows: list[dict[str, Any]], allocation: Allocation, rendered: set[str]) -> None:
+    """Fill the cost columns of the rows that used a worker."""
+    for row in rows:
+        cost = allocation.rows.get(row["id"]) if row["attempts"] else None
+        if cost is not None:
+            row["gpu_seconds"] = cost.gpu_seconds
+            row["cost_usd"] = float(cost.direct if row["id"] in rendered else cost.waste)
+            row["cost_loaded_usd"] = float(cost.loaded)
+
+
+def _totals(rows: list[dict[str, Any]], allocation: Allocation, wall_s: float) -> dict[str, Any]:
+    statuses = [row["status"] for row in rows]
+    return {
+        "rows": len(rows),
+        **{status: statuses.count(status) for status in ("rendered", "skipped", "rejected", "failed", "not_started")},
+        "wall_s": wall_s,
+        "gpu_seconds": allocation.gpu_ns / NS_PER_S,
+        "cost_usd": float(allocation.total),
+        "cost_unallocated_usd": float(allocation.unallocated),
+        "cost_by_state_usd": {state: float(cost) for state, cost in sorted(allocation.by_state.items())},
+        "video_seconds": sum(row["duration_s"] for row in rows if row["status"] == "rendered"),
+    }
+
+
+def _exit_code(rows: list[dict[str, Any]], ending: Ending) -> int:
+    if ending.stopped_by is not None:
+        return ending.stopped_by.exit_code
+    if ending.limit_reached is not None:
+        return 4
+    return 3 if any(row["status"] in ("rejected", "failed") for row in rows) else 0
+
+
+def _say_why(ending: Ending) -> None:
+    error: PipelineError | None = ending.stopped_by
+    if error is not None:
+        sys.stderr.write(f"error: {error}\n")
+    elif ending.limit_reached is not None:
+        sys.stderr.write(f"stopped: {ending.limit_reached}; the same command with a higher limit goes on\n")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _REPORTED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,44 @@
+"""The composition root of a worker: configuration to one ready `ClipWorker`. Importing this module loads torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kernels.ops import reference_ops
+from pipeline.config import RecipeConfig, RenderJob
+from pipeline.cost.meter import Meter
+from pipeline.engine.engine import load_engine
+from pipeline.media.mux import EncodeSettings
+from pipeline.records.outcome import RunFacts
+from pipeline.storage.assets import AssetStore
+from pipeline.worker import ClipRecipe, ClipWorker
+
+
+def build_worker(
+    job: RenderJob, recipes: dict[str, RecipeConfig], facts: RunFacts, device: str, meter: Meter
+) -> ClipWorker:
+    """Load the model and return a worker that is ready for its first item.
+
+    Raises UsageError (CheckpointMismatch) when the model's files are not what the configuration says.
+    """
+    meter.enter("weight_load")
+    engine = load_engine(job.model, job.precision, device=device, ops=reference_ops())
+    return ClipWorker(
+        engine=engine,
+        store=AssetStore(Path(job.output)),
+        meter=meter,
+        recipes={name: _clip_recipe(recipe) for name, recipe in recipes.items()},
+        facts=facts,
+        now_ns=meter.now_ns,
+    )
+
+
+def _clip_recipe(recipe: RecipeConfig) -> ClipRecipe:
+    encode = recipe.encode
+    settings = EncodeSettings(
+        preset=encode.preset,
+        crf=encode.crf,
+        x264_threads=encode.x264_threads,
+        audio_bitrate_kbps=encode.audio_bitrate_kbps,
+    )
+    return ClipRecipe(engine=recipe, encode=settings, thumbnail_quality=encode.thumbnail_quality)

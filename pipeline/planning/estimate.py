@@ -1,0 +1,83 @@
+"""What a request takes before it runs: operations counted from its shape, seconds at an assumed rate, dollars.
+
+The count is analytic and checked against an operator-level counter in the tests. The rate is not measured yet, so
+every estimate says "uncalibrated".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from pipeline.config import DenoiserSize, RecipeConfig
+from pipeline.cost.pricing import UnitPrice
+from pipeline.geometry import LatentShape, PixelShape, latent_shape
+from pipeline.records.request import RenderRequest
+from pipeline.records.work import Estimate
+
+UNCALIBRATED = "uncalibrated"
+
+
+def denoiser_flops(size: DenoiserSize, shape: LatentShape) -> float:
+    """Floating-point operations of one pass of the LTX-2 denoiser over one clip (a multiply-add counts as 2).
+
+    Per layer, with D and A the video and audio widths, N and M the video and audio tokens, L the text tokens:
+    linear layers 28 D^2 N + 4 D^2 L + 28 A^2 M + 4 A^2 L and, between the streams, 8 D A N + 8 A^2 M; attention
+    4 D N^2 + 4 D N L + 4 A M^2 + 4 A M L + 8 A N M. With A = D/2 this is the form published with the measurements
+    (`facts/performance.md`, 3.2).
+    """
+    d, a, text = size.video_width, size.audio_width, size.text_tokens
+    n, m = shape.num_video_tokens, shape.num_audio_latents
+    linear = 28 * d * d * n + 4 * d * d * text + 28 * a * a * m + 4 * a * a * text + 8 * d * a * n + 8 * a * a * m
+    attention = 4 * d * n * n + 4 * d * n * text + 4 * a * m * m + 4 * a * m * text + 8 * a * n * m
+    return float(size.num_layers * (linear + attention))
+
+
+def clip_flops(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize) -> float:
+    """Operations of a whole clip: text encoding, every step of every stage, video decoding."""
+    rendered = request.shape.rendered
+    total = size.text_flops_per_token * size.text_tokens
+    for stage in recipe.stages:
+        divisor = stage.size_divisor
+        pixels = PixelShape(rendered.num_frames, rendered.height // divisor, rendered.width // divisor, rendered.fps)
+        total += (len(stage.sigmas) - 1) * denoiser_flops(size, latent_shape(pixels))
+    return total + size.decode_flops_per_pixel * rendered.num_frames * rendered.height * rendered.width
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Operations to seconds and dollars on one worker that computes `assumed_tflops`."""
+
+    size: DenoiserSize
+    assumed_tflops: float
+    price: UnitPrice
+
+    def estimate(self, request: RenderRequest, recipe: RecipeConfig) -> Estimate:
+        flops = clip_flops(request, recipe, self.size)
+        seconds = flops / (self.assumed_tflops * 1e12)
+        return Estimate(flops, seconds, float(self.price.cost(round(seconds * 1e9))), UNCALIBRATED)
+
+
+@dataclass(frozen=True)
+class Quote:
+    """The sum of many estimates, for `jobs.estimate` and dry runs."""
+
+    num_clips: int
+    flops: float
+    gpu_seconds: float
+    cost_usd: Decimal
+    video_seconds: float
+    source: str
+
+
+def quote(estimates: Sequence[tuple[RenderRequest, Estimate]], price: UnitPrice) -> Quote:
+    gpu_seconds = sum(estimate.gpu_seconds for _, estimate in estimates)
+    return Quote(
+        num_clips=len(estimates),
+        flops=sum(estimate.flops for _, estimate in estimates),
+        gpu_seconds=gpu_seconds,
+        cost_usd=price.cost(round(gpu_seconds * 1e9)),
+        video_seconds=sum(request.duration_s for request, _ in estimates),
+        source=UNCALIBRATED,
+    )

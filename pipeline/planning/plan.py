@@ -1,0 +1,130 @@
+"""What a run will do, decided before it starts: which rows are rendered, which are there already, which must wait.
+
+Pure: manifest rows and the look-up of what is committed come from the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.config import PrecisionConfig, RecipeConfig, to_plain
+from pipeline.errors import UsageError
+from pipeline.planning.estimate import Estimator
+from pipeline.planning.intake import Intake, Rejection, admit_rows
+from pipeline.records.request import RecipeRules, RenderRequest, RequestLimits
+from pipeline.records.work import WorkItem, content_key
+
+# What a recipe gives a row is part of the resolved request already, and a thumbnail is neither pixels nor sound.
+_NOT_CONTENT = ("name", "clip", "crop", "negative_prompt")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of the manifest this run is for: only `ids` if given, and at most `limit` rendered ones."""
+
+    ids: tuple[str, ...] | None = None
+    limit: int | None = None
+
+
+@dataclass
+class Plan:
+    """Every row of a manifest in one of five lists."""
+
+    to_render: list[WorkItem] = field(default_factory=list)
+    done: list[tuple[WorkItem, Mapping[str, Any]]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    # Not part of this run: outside `ids`, or beyond `limit`.
+    left_out: list[WorkItem] = field(default_factory=list)
+    left_out_rejected: list[Rejection] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Turns rows into a plan under one configuration. `fingerprint` is the model's, or a stand-in for estimates."""
+
+    recipes: Mapping[str, RecipeConfig]
+    default_recipe: str
+    precision: PrecisionConfig
+    fingerprint: str
+    limits: RequestLimits
+    estimator: Estimator
+
+    def intake(self, rows: Iterable[Mapping[str, Any]]) -> Intake:
+        rules = {name: recipe_rules(recipe) for name, recipe in self.recipes.items()}
+        return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits)
+
+    def item(self, request: RenderRequest) -> WorkItem:
+        recipe = self.recipes[request.recipe]
+        key = content_key(
+            request,
+            recipe=recipe_content(recipe),
+            precision=to_plain(self.precision),
+            fingerprint=self.fingerprint,
+        )
+        return WorkItem(request, key, self.estimator.estimate(request, recipe))
+
+    def plan(
+        self,
+        intake: Intake,
+        selection: Selection,
+        committed: Callable[[Collection[str]], Mapping[str, Mapping[str, Any]]],
+    ) -> Plan:
+        """The plan for `intake`; `committed(keys)` gives the records of the keys that are done.
+
+        Raises UsageError if `selection.ids` names a row that the manifest does not have.
+        """
+        wanted = self._wanted(intake, selection)
+        plan = Plan()
+        items = [self.item(request) for request in intake.requests]
+        records = committed({item.key for item in items if wanted(item.request.id)})
+        for item in items:
+            if not wanted(item.request.id):
+                plan.left_out.append(item)
+            elif item.key in records:
+                plan.done.append((item, records[item.key]))
+            else:
+                plan.to_render.append(item)
+        for rejection in intake.rejections:
+            inside = wanted(rejection.row.get("id") or "")
+            (plan.rejected if inside else plan.left_out_rejected).append(rejection)
+        if selection.limit is not None:
+            first = sorted(plan.to_render, key=lambda item: (-item.request.priority, item.request.row_index))
+            plan.to_render, beyond = first[: selection.limit], first[selection.limit :]
+            plan.left_out.extend(beyond)
+        return plan
+
+    @staticmethod
+    def _wanted(intake: Intake, selection: Selection) -> Callable[[str], bool]:
+        if selection.ids is None:
+            return lambda id: True
+        known = {request.id for request in intake.requests}
+        known |= {rejection.row.get("id") or "" for rejection in intake.rejections}
+        unknown = [id for id in selection.ids if id not in known]
+        if unknown:
+            raise UsageError(f"ids must name rows of the manifest, got {', '.join(unknown)}; check the spelling")
+        return set(selection.ids).__contains__
+
+
+def recipe_rules(recipe: RecipeConfig) -> RecipeRules:
+    clip = recipe.clip
+    return RecipeRules(
+        name=recipe.name,
+        width=clip.width,
+        height=clip.height,
+        num_frames=clip.num_frames,
+        fps=clip.fps,
+        negative_prompt=recipe.negative_prompt,
+        grid_px=recipe.grid_px,
+        crop=recipe.crop,
+    )
+
+
+def recipe_content(recipe: RecipeConfig) -> dict[str, Any]:
+    """The part of a recipe that changes pixels or sound beyond what the request says already."""
+    content: dict[str, Any] = to_plain(recipe)
+    for name in _NOT_CONTENT:
+        del content[name]
+    del content["encode"]["thumbnail_quality"]
+    return content

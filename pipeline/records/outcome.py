@@ -1,0 +1,260 @@
+"""What became of a row: timings, clip facts, the commit record, and the ledger entries that say where time went.
+
+Values only. `results_row` is the one place that knows how these become a row of the `results` table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from pipeline.records.request import RenderRequest
+from pipeline.records.work import WorkItem
+
+SCHEMA_VERSION = 1
+NS_PER_S = 1_000_000_000
+
+# What a worker's device can be doing (contract, section 3), grouped by how its time is charged.
+COLD_START_STATES = ("provisioning", "weight_load", "warm_up")
+CLIP_STATES = ("text_encode", "denoise", "upsample", "decode", "encode", "upload")
+IDLE_STATES = ("wait", "idle", "drain", "teardown")
+LEDGER_STATES = (*COLD_START_STATES, *CLIP_STATES, *IDLE_STATES, "failed", "unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One interval of one worker's held time: [t0_ns, t1_ns) in UTC nanoseconds, in one state."""
+
+    run_id: str
+    gpu_id: str
+    node_id: str
+    group_id: str
+    rank: int
+    state: str
+    id: str | None
+    attempt: int | None
+    chunk: int | None
+    t0_ns: int
+    t1_ns: int
+    price_id: str
+    cost_usd: Decimal
+    energy_j: float | None = None
+
+    @property
+    def gpu_seconds(self) -> float:
+        return (self.t1_ns - self.t0_ns) / NS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeat:
+    """Who a worker is and since when it is held. `released_ns` is None while it is."""
+
+    run_id: str
+    gpu_id: str
+    node_id: str
+    group_id: str
+    rank: int
+    acquired_ns: int
+    released_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClipAsset:
+    """A committed clip: where it is and what was read back from it."""
+
+    uri: str
+    thumbnail_uri: str
+    sha256: str
+    size_bytes: int
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    duration_s: float
+    has_audio: bool
+    sample_rate_hz: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of an attempt. `encode_s` is host time that overlaps `decode_s`, so the parts may exceed `wall_s`."""
+
+    queued_s: float = 0.0
+    text_encode_s: float = 0.0
+    denoise_s: float = 0.0
+    upsample_s: float = 0.0
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+    upload_s: float = 0.0
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A clip that is committed. `adopted_from` names the run whose record won, if it was not this attempt's."""
+
+    item: WorkItem
+    asset: ClipAsset
+    timings: Timings
+    started_ns: int
+    finished_ns: int
+    adopted_from: str | None = None
+    peak_gpu_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt that gave no clip. `fault` is the class that the failure policy decides by."""
+
+    item: WorkItem
+    error_class: str
+    error_message: str
+    fault: str
+    started_ns: int
+    finished_ns: int
+
+
+Outcome = Rendered | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What every row of one run shares in the results table."""
+
+    run_id: str
+    model: str
+    model_fingerprint: str
+    precision: str
+    parallel: str
+
+
+def timestamp(at_ns: int) -> datetime:
+    return datetime.fromtimestamp(at_ns // 1000 / 1_000_000, tz=UTC)
+
+
+def commit_record(rendered: Rendered, entries: tuple[LedgerEntry, ...], facts: RunFacts) -> dict[str, Any]:
+    """The commit record's JSON object: the whole outcome, so that results can be rebuilt from records alone."""
+    item = rendered.item
+    row = rendered_row(rendered, facts)
+    row["cost_usd"] = float(sum((entry.cost_usd for entry in entries), Decimal(0)))
+    row["gpu_seconds"] = sum(entry.gpu_seconds for entry in entries)
+    for name in ("started_at", "finished_at"):
+        row[name] = row[name].isoformat()
+    row["tags"] = dict(item.request.tags)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "key": item.key,
+        "run_id": facts.run_id,
+        "attempt": item.attempt,
+        **row,
+        "ledger": [
+            {"state": e.state, "t0_ns": e.t0_ns, "t1_ns": e.t1_ns, "gpu_id": e.gpu_id, "node_id": e.node_id,
+             "price_id": e.price_id, "cost_usd": str(e.cost_usd)}
+            for e in entries
+        ],
+    }  # fmt: skip
+
+
+def request_row(request: RenderRequest, facts: RunFacts, *, status: str) -> dict[str, Any]:
+    """The results row of a request before anything has happened to it."""
+    return {
+        "id": request.id,
+        "row_index": request.row_index,
+        "status": status,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "width": request.width,
+        "height": request.height,
+        "num_frames": request.num_frames,
+        "fps": request.fps,
+        "duration_s": request.duration_s,
+        "recipe": request.recipe,
+        "model": facts.model,
+        "model_fingerprint": facts.model_fingerprint,
+        "precision": facts.precision,
+        "attempts": 0,
+        "cost_usd": 0.0,
+        "cost_loaded_usd": 0.0,
+        "gpu_seconds": 0.0,
+        "tags": dict(request.tags),
+        **dict(request.extras),
+    }
+
+
+def item_row(item: WorkItem, facts: RunFacts, *, status: str) -> dict[str, Any]:
+    row = request_row(item.request, facts, status=status)
+    row.update(
+        content_key=item.key,
+        parallel=facts.parallel,
+        parallel_reason="one worker a clip",
+        num_gpus=1,
+        estimated_gpu_seconds=item.estimate.gpu_seconds,
+        estimated_cost_usd=item.estimate.cost_usd,
+    )
+    return row
+
+
+def rendered_row(rendered: Rendered, facts: RunFacts) -> dict[str, Any]:
+    asset, timings = rendered.asset, rendered.timings
+    row = item_row(rendered.item, facts, status="rendered")
+    row.update(_asset_columns(asset))
+    row.update({name: getattr(timings, name) for name in Timings.__slots__})
+    row.update(
+        attempts=rendered.item.attempt,
+        rendered_by_run=rendered.adopted_from or facts.run_id,
+        peak_gpu_memory_bytes=rendered.peak_gpu_memory_bytes,
+        started_at=timestamp(rendered.started_ns),
+        finished_at=timestamp(rendered.finished_ns),
+    )
+    return row
+
+
+def failed_row(failed: Failed, facts: RunFacts) -> dict[str, Any]:
+    row = item_row(failed.item, facts, status="failed")
+    row.update(
+        attempts=failed.item.attempt,
+        error_class=failed.error_class,
+        error_message=failed.error_message,
+        started_at=timestamp(failed.started_ns),
+        finished_at=timestamp(failed.finished_ns),
+    )
+    return row
+
+
+def skipped_row(item: WorkItem, record: Mapping[str, Any], facts: RunFacts) -> dict[str, Any]:
+    """A row that is there already: the facts of its record, this run's identity of the row, cost 0."""
+    row = item_row(item, facts, status="skipped")
+    kept = ("uri", "thumbnail_uri", "sha256", "size_bytes", "has_audio", "sample_rate_hz", "rendered_by_run",
+            "prompt", "width", "height", "num_frames", "fps", "duration_s", "parallel", "parallel_reason",
+            "num_gpus", "memory_rung")  # fmt: skip
+    row.update({name: record[name] for name in kept if name in record})
+    return row
+
+
+def rejected_row(row: Mapping[str, Any], row_index: int, message: str, facts: RunFacts) -> dict[str, Any]:
+    """A row that never became a request: what it asked for where that makes sense, and every problem."""
+    plain = ("id", "prompt", "seed", "width", "height", "num_frames", "fps", "duration_s", "recipe")
+    kept = {name: row.get(name) for name in plain}
+    return {
+        **kept,
+        "row_index": row_index,
+        "status": "rejected",
+        "error_class": "InvalidRequest",
+        "error_message": message,
+        "model": facts.model,
+        "model_fingerprint": facts.model_fingerprint,
+        "precision": facts.precision,
+        "attempts": 0,
+        "cost_usd": 0.0,
+        "cost_loaded_usd": 0.0,
+        "gpu_seconds": 0.0,
+        "tags": dict(row.get("tags") or {}),
+        **{name: value for name, value in row.items() if name.startswith("x_")},
+    }
+
+
+def _asset_columns(asset: ClipAsset) -> dict[str, Any]:
+    return {name: getattr(asset, name) for name in ClipAsset.__slots__}

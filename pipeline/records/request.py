@@ -1,0 +1,254 @@
+"""A manifest row as a request: parsed, every problem of the row listed at once, defaults filled in.
+
+Pure values. Whether a recipe can honour a request is decided here too, from the facts in `RecipeRules`; where rows
+come from and what is done already is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.errors import InvalidRequest
+from pipeline.geometry import (
+    TEMPORAL_CELL_FRAMES,
+    PixelShape,
+    RenderShape,
+    frames_for_duration,
+    is_on_frame_grid,
+    nearest_frame_counts,
+    next_on_grid,
+    num_audio_latents,
+    render_shape,
+)
+
+# Columns of tasks that no recipe can do yet: part of the schema, refused in a row that fills them in.
+TASK_COLUMNS = (
+    "images",
+    "audio",
+    "video",
+    "loras",
+    "camera",
+    "scenes",
+    "enhance_prompt",
+    "num_steps",
+    "cfg_scale",
+    "stg_scale",
+)
+INT64_RANGE = range(-(2**63), 2**63)
+INT32_RANGE = range(-(2**31), 2**31)
+MAX_FPS = 240.0
+
+
+@dataclass(frozen=True)
+class RecipeRules:
+    """What a recipe gives a row that says nothing, and what it can honour."""
+
+    name: str
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    negative_prompt: str
+    grid_px: int
+    crop: bool
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Upper bounds that keep one row from holding the farm."""
+
+    max_side_px: int
+    max_duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RenderRequest:
+    """One clip to render, every field resolved. `extras` holds the manifest's `x_` columns."""
+
+    id: str
+    row_index: int
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    recipe: str
+    grid_px: int
+    priority: int = 0
+    tags: tuple[tuple[str, str], ...] = ()
+    extras: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
+
+    @property
+    def duration_s(self) -> float:
+        return self.num_frames / self.fps
+
+    @property
+    def shape(self) -> RenderShape:
+        return render_shape(PixelShape(self.num_frames, self.height, self.width, self.fps), self.grid_px)
+
+    def pixel_content(self) -> dict[str, Any]:
+        """Everything of the request that changes pixels or sound, for the content key (contract, section 3)."""
+        content = asdict(self)
+        for name in ("id", "row_index", "priority", "tags", "extras", "recipe", "grid_px"):
+            del content[name]
+        return content
+
+
+def seed_from_id(row_id: str) -> int:
+    """The seed of a row that gives none: the first 63 bits of the id's sha256, stable over runs and machines."""
+    return int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8]) >> 1
+
+
+def parse_request(
+    row: Mapping[str, Any],
+    *,
+    row_index: int,
+    recipes: Mapping[str, RecipeRules],
+    default_recipe: str,
+    limits: RequestLimits,
+) -> RenderRequest:
+    """The request of a row whose columns have possible types (`storage.manifest` saw to that).
+
+    Raises InvalidRequest with every problem of the row, each naming the rule, the value and a way out.
+    """
+    problems: list[str] = []
+    row_id = row.get("id") or ""
+    if not row_id.strip():
+        problems.append("id must not be blank, got an empty one; name the row")
+    prompt = row.get("prompt") or ""
+    if not prompt.strip():
+        problems.append("prompt must not be blank, got an empty one; describe the clip")
+    rules = _rules_of(row, recipes, default_recipe, problems)
+    width, height = (_side_of(row, name, rules, limits, problems) for name in ("width", "height"))
+    num_frames, fps = _timing_of(row, rules, limits, problems)
+    seed = _whole(row, "seed", INT64_RANGE, problems)
+    priority = _whole(row, "priority", INT32_RANGE, problems)
+    problems.extend(_unsupported_tasks(row, rules.name))
+    if problems:
+        raise InvalidRequest(tuple(problems))
+    negative_prompt = row.get("negative_prompt")
+    return RenderRequest(
+        id=row_id,
+        row_index=row_index,
+        prompt=prompt,
+        negative_prompt=rules.negative_prompt if negative_prompt is None else negative_prompt,
+        seed=seed_from_id(row_id) if seed is None else seed,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=fps,
+        recipe=rules.name,
+        grid_px=rules.grid_px,
+        priority=priority or 0,
+        tags=tag_pairs(row.get("tags")),
+        extras=tuple((name, value) for name, value in row.items() if name.startswith("x_")),
+    )
+
+
+def tag_pairs(tags: Any) -> tuple[tuple[str, str], ...]:
+    """Tags as sorted pairs. Parquet gives a map as a list of pairs, a struct as a dict; null values are left out."""
+    items = tags.items() if isinstance(tags, Mapping) else tags or ()
+    return tuple(sorted((name, str(value)) for name, value in items if value is not None))
+
+
+def _whole(row: Mapping[str, Any], name: str, bounds: range, problems: list[str]) -> int | None:
+    """A whole number of the row, or None. A column of doubles is fine as long as its values are whole."""
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, float) and not value.is_integer():  # also NaN and the infinities
+        problems.append(f"{name} must be a whole number, got {value}; leave it empty for the default")
+        return None
+    if int(value) not in bounds:
+        problems.append(f"{name} must be between {bounds[0]} and {bounds[-1]}, got {value}; use a smaller number")
+        return None
+    return int(value)
+
+
+def _positive(row: Mapping[str, Any], name: str, problems: list[str], way_out: str) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if not (math.isfinite(value) and value > 0):
+        problems.append(f"{name} must be a finite number above 0, got {value}; {way_out}")
+        return None
+    return float(value)
+
+
+def _rules_of(
+    row: Mapping[str, Any], recipes: Mapping[str, RecipeRules], default: str, problems: list[str]
+) -> RecipeRules:
+    name = row.get("recipe") or default
+    if name not in recipes:
+        names = ", ".join(sorted(recipes))
+        problems.append(f"recipe must be one of {names}, got {name!r}; correct it or leave it empty")
+        return recipes[default]
+    return recipes[name]
+
+
+def _side_of(row: Mapping[str, Any], name: str, rules: RecipeRules, limits: RequestLimits, problems: list[str]) -> int:
+    default: int = getattr(rules, name)
+    size = _whole(row, name, INT64_RANGE, problems)
+    if size is None:
+        return default
+    if size < 2 or size % 2:
+        problems.append(f"{name} must be even and at least 2, got {size}; use {max(2, size + size % 2)}")
+    elif size > limits.max_side_px:
+        problems.append(f"{name} must be at most {limits.max_side_px}, got {size}; raise limits.max_side_px")
+    elif not rules.crop and size % rules.grid_px:
+        above = next_on_grid(size, rules.grid_px)
+        use = f"{above - rules.grid_px} or {above}" if above > rules.grid_px else f"{above}"
+        problems.append(f"{name} must be a multiple of {rules.grid_px} with recipe.crop=false, got {size}; use {use}")
+    return size
+
+
+def _timing_of(
+    row: Mapping[str, Any], rules: RecipeRules, limits: RequestLimits, problems: list[str]
+) -> tuple[int, float]:
+    """Frames and frames a second: `num_frames`, or the smallest count on the grid that lasts `duration_s`."""
+    before = len(problems)
+    fps = _positive(row, "fps", problems, f"use {rules.fps:g}")
+    fps = rules.fps if fps is None else fps
+    duration_s = _positive(row, "duration_s", problems, "give num_frames instead, or leave both empty")
+    num_frames = _whole(row, "num_frames", INT64_RANGE, problems)
+    if num_frames is not None and not is_on_frame_grid(num_frames):
+        below, above = nearest_frame_counts(num_frames)
+        use = f"{below} or {above}" if num_frames > 0 else f"{below}"
+        problems.append(f"num_frames must be 8k+1, got {num_frames}; use {use}")
+    if fps > MAX_FPS:
+        problems.append(f"fps must be at most {MAX_FPS:g}, got {fps:g}; use {rules.fps:g}")
+    if len(problems) > before:
+        return rules.num_frames, rules.fps
+    asked_s = duration_s if duration_s is not None else (num_frames or rules.num_frames) / fps
+    # A duration is rounded up to the frame grid, so a clip may outlast the limit by less than one cell of frames.
+    if asked_s > limits.max_duration_s + (0 if duration_s is not None else TEMPORAL_CELL_FRAMES / fps):
+        name = "duration_s" if duration_s is not None else "num_frames / fps"
+        problems.append(
+            f"{name} must be at most {limits.max_duration_s:g} s, got {asked_s:g}; raise limits.max_duration_s"
+        )
+        return rules.num_frames, fps
+    frames = num_frames or rules.num_frames
+    if duration_s is not None:
+        frames = frames_for_duration(duration_s, fps)
+        if num_frames is not None and num_frames != frames:
+            problems.append(
+                f"num_frames and duration_s must agree, got num_frames {num_frames} and {duration_s:g} s at "
+                f"{fps:g} fps, which is {frames} frames; give one of them"
+            )
+    if num_audio_latents(frames, fps) < 1:
+        problems.append(
+            f"a clip must be long enough for one sound latent (0.02 s), got {frames} frames at {fps:g} fps; add frames"
+        )
+    return frames, fps
+
+
+def _unsupported_tasks(row: Mapping[str, Any], recipe: str) -> list[str]:
+    """A filled-in column that the recipe cannot honour is an error, never ignored. Empty and false ask for nothing."""
+    asked = [name for name in TASK_COLUMNS if row.get(name) is not False and row.get(name) not in (None, "", [], {})]
+    return [f"{name} is not supported by recipe {recipe}, got {row[name]!r}; leave the column empty" for name in asked]

@@ -1,0 +1,64 @@
+"""A piece of work as the queue hands it out: one request, its content key and what it is expected to take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.records.request import RenderRequest
+
+# Raised by hand whenever the same request would give other pixels or other sound than before.
+RENDER_REVISION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a clip is expected to take on one worker, and from which kind of knowledge."""
+
+    flops: float
+    gpu_seconds: float
+    cost_usd: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """One clip to render. `attempt` counts from 1; `queued_ns` is when the item entered the queue (UTC)."""
+
+    request: RenderRequest
+    key: str
+    estimate: Estimate
+    attempt: int = 1
+    queued_ns: int = 0
+
+    def next_attempt(self) -> WorkItem:
+        return replace(self, attempt=self.attempt + 1)
+
+    @property
+    def file_stem(self) -> str:
+        return file_stem(self.request.id, self.key)
+
+
+def file_stem(row_id: str, key: str) -> str:
+    """`<id>.<key12>`, the name of a clip's files. What is unsafe in a file name or URL becomes `_`.
+
+    Two ids may map to one stem only when their keys are equal too, and then they share one video anyway.
+    """
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", row_id).lstrip(".")[:120] or "_"
+    return f"{safe}.{key[:12]}"
+
+
+def content_key(request: RenderRequest, *, recipe: dict[str, Any], precision: dict[str, Any], fingerprint: str) -> str:
+    """sha256 (64 hex digits) of everything that changes pixels or sound (contract, section 3)."""
+    content = {
+        "request": request.pixel_content(),
+        "recipe": recipe,
+        "precision": precision,
+        "model_fingerprint": fingerprint,
+        "render_revision": RENDER_REVISION,
+    }
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,164 @@
+"""Places and bytes: URIs, listing, atomic writes, create-if-absent. Foreign errors become ours here.
+
+Everything is named by URI and reached through fsspec; only what must be atomic on a local disk uses the file
+system directly, because fsspec's local `mode="create"` overwrites silently and its transactions are not atomic
+across devices (both measured).
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
+
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_local(uri: str) -> bool:
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """The path of a local URI; a plain path is taken as it is, relative to the working directory."""
+    if uri.startswith("file://"):
+        return Path(unquote(urlsplit(uri).path))
+    return Path(uri).expanduser().absolute()
+
+
+def storage_error(error: OSError, doing: str) -> PipelineError:
+    """Our error for an operating system's: a full disk, or a store that may recover."""
+    if error.errno in FULL_DISK_ERRNOS:
+        return StorageFull(f"disk full while {doing}: {error.strerror}; free space, then run the same command again")
+    return StorageUnavailable(f"storage failed while {doing}: {error}; run the same command again when it is back")
+
+
+def expand(uri: str, *, suffix: str, what: str) -> list[str]:
+    """The files that `uri` (a file, a folder, or a glob) means, sorted by path; UsageError if there are none.
+
+    Inside a folder, names that begin with `_` or `.` are skipped, as readers of Parquet data sets do.
+    """
+    try:
+        # A file URI is percent-encoded, which fsspec does not undo; a plain path is taken as it stands.
+        fs, path = url_to_fs(str(local_path(uri)) if is_local(uri) else uri)
+        if glob.has_magic(path) and not fs.exists(path):
+            found = [str(p) for p in fs.glob(path) if str(p).endswith(suffix)]
+        elif fs.isdir(path):
+            found = [p for p in fs.find(path) if p.endswith(suffix) and not _is_hidden(p[len(path) :])]
+        elif fs.exists(path):
+            found = [path]
+        else:
+            raise UsageError(f"{what} must exist, got {uri!r}; check the path")
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"{what} must be readable, got {uri!r}: {error}; check path and permissions") from error
+    if not found:
+        raise UsageError(f"{what} must hold at least one {suffix} file, got {uri!r}; check the path")
+    return sorted(found) if is_local(uri) else [fs.unstrip_protocol(p) for p in sorted(found)]
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in relative.strip("/").split("/"))
+
+
+@contextmanager
+def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
+    """Open `uri` for reading bytes; UsageError if that is not possible."""
+    try:
+        stream: Any = fsspec.open(uri, "rb").open()
+    except OSError as error:
+        raise UsageError(f"{uri} must be readable, got: {error}; check the path and its permissions") from error
+    with stream:
+        yield stream
+
+
+def create_folder(folder: Path) -> None:
+    """Make `folder` and prove that a file can be written there; UsageError if not."""
+    probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        if error.errno in FULL_DISK_ERRNOS:
+            raise storage_error(error, f"preparing {folder}") from error
+        reason = error.strerror or error
+        raise UsageError(f"output must be writable, got {folder}: {reason}; choose another output=") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` so that a reader sees the old bytes or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
+    try:
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, f"writing {path}") from error
+
+
+def create_if_absent(path: Path, source: Path) -> bool:
+    """Give the finished file `source` the name `path` unless that name is taken; says if it did.
+
+    A hard link is the one local operation that is both exclusive and never shows a partial file. `source` stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+            return _copy_then_link(path, source)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(error, f"writing {path}") from error
+    return True
+
+
+def _copy_then_link(path: Path, source: Path) -> bool:
+    """For a source on another device: copy beside the target first, so that the link stays on one device."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
+    try:
+        shutil.copyfile(source, beside)
+        os.link(beside, path)
+    except FileExistsError:
+        return False
+    finally:
+        beside.unlink(missing_ok=True)
+    return True
+
+
+def create_bytes_if_absent(path: Path, content: bytes, *, scratch: Path) -> bool:
+    """`create_if_absent` for bytes in memory; `scratch` is a name on the same device for the time between."""
+    write_atomically(scratch, content)
+    try:
+        return create_if_absent(path, scratch)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name survive a power cut: the name lives in the folder, not in the file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,208 @@
+"""One item, start to finish: engine, file, check, commit. The only place where frames meet storage.
+
+Whatever goes wrong with an item comes back as a `Failed` outcome; what goes wrong with the worker itself raises.
+Does not choose items, retry, or write tables.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cost.meter import Meter
+from pipeline.engine.engine import RenderEngine
+from pipeline.errors import EngineFault, PipelineError, fault_of
+from pipeline.media.mux import EncodeSettings, write_clip
+from pipeline.media.probe import ClipFacts, check_clip, probe_clip
+from pipeline.media.thumbnail import write_thumbnail
+from pipeline.records.outcome import (
+    NS_PER_S,
+    ClipAsset,
+    Failed,
+    Outcome,
+    Rendered,
+    RunFacts,
+    Timings,
+    commit_record,
+)
+from pipeline.records.work import WorkItem
+from pipeline.storage.assets import AssetStore, Published
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """What a worker needs to know of a recipe beside what it hands to the engine."""
+
+    engine: Any
+    encode: EncodeSettings
+    thumbnail_quality: int
+
+
+@dataclass
+class _Attempt:
+    """The clock of one attempt: which state since when, and the nanoseconds of each state so far."""
+
+    item: WorkItem
+    meter: Meter
+    now_ns: Callable[[], int]
+    started_ns: int
+    state: str = ""
+    since_ns: int = 0
+    spent_ns: dict[str, int] = field(default_factory=dict)
+
+    def enter(self, state: str) -> None:
+        now_ns = self.now_ns()
+        if self.state:
+            self.spent_ns[self.state] = self.spent_ns.get(self.state, 0) + now_ns - self.since_ns
+        self.state, self.since_ns = state, now_ns
+        self.meter.enter(state, id=self.item.request.id, attempt=self.item.attempt)
+
+    def timings(self, encode_busy_s: float) -> Timings:
+        """Seconds so far, the running state up to now."""
+        self.enter(self.state)
+        seconds = {state: spent / NS_PER_S for state, spent in self.spent_ns.items()}
+        return Timings(
+            queued_s=(self.started_ns - self.item.queued_ns) / NS_PER_S,
+            text_encode_s=seconds.get("text_encode", 0.0),
+            denoise_s=seconds.get("denoise", 0.0),
+            upsample_s=seconds.get("upsample", 0.0),
+            decode_s=seconds.get("decode", 0.0),
+            encode_s=encode_busy_s,
+            upload_s=seconds.get("upload", 0.0),
+            wall_s=(self.now_ns() - self.started_ns) / NS_PER_S,
+        )
+
+
+@dataclass(frozen=True)
+class ClipWorker:
+    """A ready worker: an engine that holds its model, a store, a meter. Executes one item at a time."""
+
+    engine: RenderEngine
+    store: AssetStore
+    meter: Meter
+    recipes: Mapping[str, ClipRecipe]
+    facts: RunFacts
+    now_ns: Callable[[], int]
+
+    def execute(self, item: WorkItem) -> Outcome:
+        """Render and commit one item. Never raises for what the item, its files or the store did."""
+        attempt = _Attempt(item, self.meter, self.now_ns, self.now_ns())
+        attempt.enter("text_encode")
+        scratch = self.store.attempt_folder(self.facts.run_id)
+        stem = scratch / f"{item.key[:12]}.{item.attempt}"
+        try:
+            return self._render(item, attempt, stem)
+        except Exception as error:  # one row's bug must not end the night for the others
+            self.meter.enter("failed", id=item.request.id, attempt=item.attempt)
+            if not isinstance(error, PipelineError):
+                log.error("row failed", exc_info=error, extra={"facts": {"id": item.request.id}})
+            return Failed(
+                item=item,
+                error_class=type(error).__name__,
+                error_message=str(error) or traceback.format_exception_only(error)[-1].strip(),
+                fault=fault_of(error),
+                started_ns=attempt.started_ns,
+                finished_ns=self.now_ns(),
+            )
+        finally:
+            for suffix in (".mp4", ".jpg", ".json"):
+                stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+            self.meter.enter("idle")
+
+    def _render(self, item: WorkItem, attempt: _Attempt, stem: Path) -> Rendered:
+        request, recipe = item.request, self.recipes[item.request.recipe]
+        video, thumbnail, record_scratch = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg", ".json"))
+        streams = self.engine.render(request, recipe.engine, attempt.enter)
+        written = write_clip(
+            video,
+            _then(streams.frames, lambda: attempt.enter("encode")),
+            streams.waveform,
+            fps=request.fps,
+            num_frames=request.num_frames,
+            sample_rate_hz=streams.sample_rate_hz,
+            settings=recipe.encode,
+        )
+        write_thumbnail(thumbnail, written.first_frame, quality=recipe.thumbnail_quality)
+        facts = self._checked(video, item, streams.sample_rate_hz)
+        attempt.enter("upload")
+        published = self.store.publish_video(video, item.file_stem)
+        published, facts = self._adopt_if_taken(published, facts, video, item, streams.sample_rate_hz)
+        thumbnail_uri = self.store.publish_thumbnail(thumbnail, item.file_stem).uri
+        rendered = Rendered(
+            item=item,
+            asset=_asset(published.uri, thumbnail_uri, facts),
+            timings=attempt.timings(written.encode_busy_s),
+            started_ns=attempt.started_ns,
+            finished_ns=self.now_ns(),
+        )
+        record = commit_record(rendered, self.meter.attempt_entries(), self.facts)
+        standing = self.store.commit(item.key, record, scratch=record_scratch)
+        if (standing["run_id"], standing["attempt"]) != (self.facts.run_id, item.attempt):
+            rendered = _adopting(rendered, standing)
+        return replace(rendered, timings=attempt.timings(written.encode_busy_s), finished_ns=self.now_ns())
+
+    def _checked(self, video: Path, item: WorkItem, sample_rate_hz: int) -> ClipFacts:
+        """The facts read back from a file that is exactly what was asked for; EngineFault if it is not."""
+        request = item.request
+        facts = probe_clip(video)
+        check_clip(
+            facts,
+            width=request.width,
+            height=request.height,
+            num_frames=request.num_frames,
+            fps=request.fps,
+            sample_rate_hz=sample_rate_hz,
+        )
+        return facts
+
+    def _adopt_if_taken(
+        self, published: Published, facts: ClipFacts, video: Path, item: WorkItem, sample_rate_hz: int
+    ) -> tuple[Published, ClipFacts]:
+        """If another writer's file has the name already: adopt it if it is a whole clip, else put ours there."""
+        if published.created or published.sha256 == facts.sha256:
+            return published, facts
+        try:
+            return published, self._checked(published.path, item, sample_rate_hz)
+        except EngineFault as fault:
+            log.warning("replacing a broken file: %s", fault, extra={"facts": {"uri": published.uri}})
+            return self.store.replace(published, video), facts
+
+
+def _adopting(rendered: Rendered, standing: Mapping[str, Any]) -> Rendered:
+    """The outcome when another record won: its facts, our time."""
+    if standing["sha256"] != rendered.asset.sha256:
+        log.warning(
+            "another run committed other bytes for the same key; its clip stands",
+            extra={"facts": {"key": rendered.item.key, "theirs": standing["sha256"], "ours": rendered.asset.sha256}},
+        )
+    asset = ClipAsset(**{name: standing[name] for name in ClipAsset.__slots__})
+    return replace(rendered, asset=asset, adopted_from=standing["run_id"])
+
+
+def _asset(uri: str, thumbnail_uri: str, facts: ClipFacts) -> ClipAsset:
+    return ClipAsset(
+        uri=uri,
+        thumbnail_uri=thumbnail_uri,
+        sha256=facts.sha256,
+        size_bytes=facts.size_bytes,
+        width=facts.width,
+        height=facts.height,
+        num_frames=facts.num_frames,
+        fps=facts.fps,
+        duration_s=facts.duration_s,
+        has_audio=facts.has_audio,
+        sample_rate_hz=facts.sample_rate_hz,
+    )
+
+
+def _then(frames: Iterator[np.ndarray], when_done: Callable[[], None]) -> Iterator[np.ndarray]:
+    yield from frames
+    when_done()

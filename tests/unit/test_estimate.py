@@ -1,0 +1,47 @@
+"""Operation counts and quotes."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from pipeline.config import ClipDefaults, DenoiserSize, RecipeConfig, StageConfig
+from pipeline.cost.pricing import UnitPrice
+from pipeline.geometry import PixelShape, latent_shape
+from pipeline.planning.estimate import Estimator, clip_flops, denoiser_flops, quote
+from tests.unit.makers import parse
+
+FULL = DenoiserSize(48, 4096, 2048, 1024, 2.39e10, 1.266e6)
+RECIPE = RecipeConfig(
+    "two_stage",
+    ClipDefaults(),
+    stages=[StageConfig(2, [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]),
+            StageConfig(1, [0.909375, 0.725, 0.421875, 0.0])],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("height", "width", "tflop"), [(544, 960, 275.2), (1088, 1920, 1714.0)])
+def test_a_pass_of_the_19b_denoiser_costs_what_an_operator_counter_says(height: int, width: int, tflop: float) -> None:
+    """275.2 and 1,714 TFLOP were counted operator by operator on the published architecture."""
+    shape = latent_shape(PixelShape(121, height, width, 24.0))
+    assert denoiser_flops(FULL, shape) / 1e12 == pytest.approx(tflop, rel=0.002)
+
+
+def test_a_distilled_1080p_clip_costs_7_3_pflop_of_denoising() -> None:
+    request = parse(width=1920, height=1080, num_frames=121)
+    rendered = 1920 * 1088 * 121
+    total = clip_flops(request, RECIPE, FULL)
+    assert (total - 320e12 - 24.5e12) / 1e15 == pytest.approx(7.34, rel=0.005)
+    assert FULL.decode_flops_per_pixel * rendered == pytest.approx(320e12, rel=0.001)
+
+
+def test_a_quote_sums_clips_and_prices_the_sum() -> None:
+    price = UnitPrice("p", Decimal("3.6"))
+    estimator = Estimator(FULL, 400.0, price)
+    requests = [parse(i, width=768, height=512) for i in range(3)]
+    total = quote([(r, estimator.estimate(r, RECIPE)) for r in requests], price)
+    assert total.num_clips == 3
+    assert float(total.cost_usd) == pytest.approx(total.gpu_seconds * 0.001, rel=1e-6)
+    assert total.source == "uncalibrated"
+    assert total.video_seconds == pytest.approx(3 * 25 / 24)

@@ -1,0 +1,54 @@
+"""The order of work, twins, and taking back."""
+
+from __future__ import annotations
+
+from pipeline.planning.queue import WorkQueue
+from tests.unit.makers import item
+
+
+def drained(queue: WorkQueue) -> list[str]:
+    ids = []
+    while (work := queue.hand_out()) is not None:
+        ids.append(work.request.id)
+        queue.settle(work)
+    return ids
+
+
+def test_larger_priority_first_then_row_order() -> None:
+    queue = WorkQueue([item(0), item(1, priority=5), item(2), item(3, priority=5)])
+    assert drained(queue) == ["row-1", "row-3", "row-0", "row-2"]
+    assert queue.is_empty
+
+
+def test_rows_with_equal_keys_are_rendered_once_and_settled_together() -> None:
+    queue = WorkQueue([item(0, key="k"), item(1, key="k"), item(2, key="other")])
+    first = queue.hand_out()
+    assert first is not None and first.request.id == "row-0"
+    assert [twin.request.id for twin in queue.settle(first)] == ["row-1"]
+    assert drained(queue) == ["row-2"]
+
+
+def test_a_twin_gets_its_own_try_when_the_first_is_set_aside() -> None:
+    queue = WorkQueue([item(0, key="k"), item(1, key="k"), item(2, key="k")])
+    first = queue.hand_out()
+    assert first is not None
+    queue.set_aside(first)
+    second = queue.hand_out()
+    assert second is not None and second.request.id == "row-1"
+    assert [twin.request.id for twin in queue.settle(second)] == ["row-2"]
+
+
+def test_an_item_taken_back_comes_next_with_its_attempt_number() -> None:
+    queue = WorkQueue([item(0), item(1)])
+    first = queue.hand_out()
+    assert first is not None
+    queue.take_back(first.next_attempt())
+    again = queue.hand_out()
+    assert again is not None and (again.request.id, again.attempt) == ("row-0", 2)
+
+
+def test_nothing_is_lost_from_sight() -> None:
+    queue = WorkQueue([item(0, key="k"), item(1, key="k"), item(2)])
+    queue.hand_out()
+    assert sorted(work.request.id for work in queue.unfinished()) == ["row-0", "row-1", "row-2"]
+    assert len(queue.in_flight) == 1

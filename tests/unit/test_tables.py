@@ -1,0 +1,137 @@
+"""Results and ledger on disk: the contract's columns, and a ledger that is whole at every flush."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.records.outcome import Failed, LedgerEntry, failed_row, rejected_row, rendered_row, skipped_row
+from pipeline.storage import tables
+from pipeline.storage.tables import LedgerTable, read_ledger, read_rows, write_results
+from tests.unit.makers import FACTS, S, entry, item, rendered
+
+CONTRACT_COLUMNS = [
+    "id",
+    "row_index",
+    "status",
+    "uri",
+    "sha256",
+    "size_bytes",
+    "thumbnail_uri",
+    "content_key",
+    "prompt",
+    "seed",
+    "width",
+    "height",
+    "num_frames",
+    "fps",
+    "duration_s",
+    "has_audio",
+    "sample_rate_hz",
+    "recipe",
+    "model",
+    "model_fingerprint",
+    "precision",
+    "parallel",
+    "parallel_reason",
+    "num_gpus",
+    "attempts",
+    "memory_rung",
+    "error_class",
+    "error_message",
+    "rendered_by_run",
+    "queued_s",
+    "text_encode_s",
+    "denoise_s",
+    "upsample_s",
+    "decode_s",
+    "encode_s",
+    "upload_s",
+    "wall_s",
+    "gpu_seconds",
+    "peak_gpu_memory_bytes",
+    "energy_j",
+    "cost_usd",
+    "cost_loaded_usd",
+    "estimated_gpu_seconds",
+    "estimated_cost_usd",
+    "started_at",
+    "finished_at",
+    "tags",
+]
+
+
+def test_results_have_the_contracts_columns_and_the_x_columns(tmp_path: Path) -> None:
+    work = item(0, tags={"scene": "sea"}, x_note=4)
+    failed = Failed(item(1, x_note=5), "EngineFault", "went wrong", "EngineFault", 0, S)
+    rows = [
+        rendered_row(rendered(work), FACTS),
+        failed_row(failed, FACTS),
+        rejected_row({"id": "c", "num_frames": 2**40, "width": 1.5, "x_note": None}, 2, "row 2: ...", FACTS),
+        skipped_row(item(3), rendered_row(rendered(work), FACTS), FACTS),
+    ]
+    write_results(tmp_path, rows, {"x_note": pa.int64()})
+    schema = pq.read_schema(tmp_path / "part-00000.parquet")
+    assert schema.names == [*CONTRACT_COLUMNS, "x_note"]
+    back = read_rows(tmp_path)
+    assert [row["status"] for row in back] == ["rendered", "failed", "rejected", "skipped"]
+    assert back[0]["tags"] == {"scene": "sea"} and back[0]["x_note"] == 4
+    assert back[0]["started_at"].tzinfo is not None
+    assert back[1]["error_message"] == "went wrong"
+    assert (back[2]["num_frames"], back[2]["width"]) == (None, None)
+    assert (back[3]["cost_usd"], back[3]["rendered_by_run"]) == (0.0, "run-1")
+
+
+def test_an_empty_results_table_still_has_its_columns(tmp_path: Path) -> None:
+    write_results(tmp_path, [], {})
+    assert pq.read_schema(tmp_path / "part-00000.parquet").names == CONTRACT_COLUMNS
+
+
+def spans(entries: list[LedgerEntry]) -> list[tuple[str, float, float]]:
+    return [(e.state, e.t0_ns / S, e.t1_ns / S) for e in entries]
+
+
+def test_a_flush_shows_running_entries_up_to_now_and_the_next_one_replaces_them(tmp_path: Path) -> None:
+    table = LedgerTable(tmp_path)
+    table.flush([entry("weight_load", 0, 2)])
+    assert spans(read_ledger(tmp_path)) == [("weight_load", 0, 2)]
+    table.add([entry("weight_load", 0, 3)])
+    table.flush([entry("denoise", 3, 4, "a", 1)])
+    assert spans(read_ledger(tmp_path)) == [("weight_load", 0, 3), ("denoise", 3, 4)]
+
+
+def test_a_ledger_of_many_files_stays_a_partition_with_its_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "LEDGER_FILE_ENTRIES", 2)
+    table = LedgerTable(tmp_path)
+    t = 0
+    for state in ("provisioning", "weight_load", "denoise", "decode", "idle", "denoise", "teardown"):
+        # Each entry is flushed twice while it runs, so that file borders fall inside entries.
+        table.flush([entry(state, t, t + 1)])
+        table.flush([entry(state, t, t + 2)])
+        table.add([entry(state, t, t + 3)])
+        t += 3
+    table.flush()
+    entries = read_ledger(tmp_path)
+    assert len(list(tmp_path.iterdir())) > 2
+    assert entries[0].t0_ns == 0 and entries[-1].t1_ns == t * S
+    assert all(a.t1_ns == b.t0_ns for a, b in pairwise(entries))
+    assert sum(e.cost_usd for e in entries) == t
+
+
+def test_a_torn_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match="must be readable Parquet"):
+        read_rows(tmp_path)
+
+
+def test_a_missing_table_is_empty(tmp_path: Path) -> None:
+    empty: list[Any] = read_rows(tmp_path / "absent")
+    assert empty == []
