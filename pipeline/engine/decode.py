@@ -1,0 +1,57 @@
+"""Latents to what a file needs: chunks of uint8 frames, cropped to the asked size, and a float32 waveform.
+
+The networks are in `components.py`; encoding to a file is `pipeline/media`.
+
+The picture is decoded whole: the published decoder looks ahead in time through every layer (20 latent frames in all),
+so chunks that give the same pixels would each decode nearly everything. What comes out is an iterator all the
+same, so that only the decoded clip, not its uint8 copy and the encoder's planes, is in memory at once.
+
+Shapes: B batch, C channels, F frames, H height, W width, T time, M mel bins, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.engine.components import AudioDecoder, VideoDecoder, Vocoder
+from pipeline.errors import EngineFault
+from pipeline.geometry import RenderShape
+
+CHUNK_FRAMES = 16
+
+
+def decode_frames(decoder: VideoDecoder, latent_BCFHW: Tensor, shape: RenderShape) -> Iterator[np.ndarray]:
+    """Chunks (F,H,W,3) of uint8 frames in order, of the asked size. Nothing is decoded before the first is taken.
+
+    EngineFault if the decoder gives another number of frames or another size than asked for.
+    """
+    with torch.inference_mode():
+        video_CFHW = decoder.decode(latent_BCFHW)[0]
+    expected = (3, shape.rendered.num_frames, shape.rendered.height, shape.rendered.width)
+    if tuple(video_CFHW.shape) != expected:
+        raise EngineFault(f"the video decoder gave {tuple(video_CFHW.shape)} values, expected {expected}")
+    top, left = shape.crop_top_px, shape.crop_left_px
+    cropped_CFHW = video_CFHW[:, :, top : top + shape.asked.height, left : left + shape.asked.width]
+    for first in range(0, shape.asked.num_frames, CHUNK_FRAMES):
+        yield _to_uint8(cropped_CFHW[:, first : first + CHUNK_FRAMES])
+
+
+def decode_waveform(decoder: AudioDecoder, vocoder: Vocoder, latent_BCTM: Tensor) -> np.ndarray:
+    """The sound (channels, samples) in [-1,1], float32, at the vocoder's rate. EngineFault if it is not finite."""
+    with torch.inference_mode():
+        waveform_CN = vocoder.synthesise(decoder.decode(latent_BCTM))[0].float().cpu()
+    if not bool(torch.isfinite(waveform_CN).all()):
+        raise EngineFault("the vocoder gave samples that are not finite numbers")
+    return waveform_CN.numpy()
+
+
+def _to_uint8(video_CFHW: Tensor) -> np.ndarray:
+    # Clamping would turn NaN into no valid byte without a word.
+    if not bool(torch.isfinite(video_CFHW).all()):
+        raise EngineFault("the video decoder gave pixels that are not finite numbers")
+    unit_CFHW = (video_CFHW.float() * 0.5 + 0.5).clamp(0, 1)
+    return (unit_CFHW * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()

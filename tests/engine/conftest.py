@@ -1,0 +1,131 @@
+"""The nano model, built once, and the golden cases of `tests/fixtures`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kernels.ops import reference_ops
+from pipeline.config import DenoiserSize, ModelConfig, PrecisionConfig, RecipeConfig, StageConfig
+from pipeline.engine.engine import RenderEngine, load_engine
+from pipeline.engine.nano import CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER, build_nano
+from pipeline.records.request import RenderRequest
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+STAGE_1_SIGMAS = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]
+STAGE_2_SIGMAS = [0.909375, 0.725, 0.421875, 0.0]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Tensors of one golden case, with the relative tolerance it states."""
+
+    tensors: dict[str, Tensor]
+    tolerance: float
+    params: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def assert_close(self, name: str, actual: Tensor) -> None:
+        expected = self.tensors[name]
+        assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}"
+        error = float((actual - expected).abs().max() / expected.abs().max())
+        assert error <= self.tolerance, f"{name} is off by {error:.2e} of its scale, allowed {self.tolerance:.0e}"
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """Golden case by its path under `tests/fixtures`, without the suffix."""
+
+    def load(name: str) -> Golden:
+        path = FIXTURES / f"{name}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        return Golden(load_file(path), float(metadata["tolerance"]), json.loads(metadata["params"]))
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_no_gradients():
+    # Two threads on busy cores wait for each other far longer than they compute.
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def nano_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "nano"
+    build_nano(folder)
+    return folder
+
+
+@pytest.fixture
+def nano_model(nano_folder: Path) -> ModelConfig:
+    """The nano model's configuration; a test may change its own copy."""
+    return ModelConfig(
+        folder=str(nano_folder),
+        checkpoint=CHECKPOINT,
+        text_encoder=TEXT_ENCODER,
+        spatial_upscaler=SPATIAL_UPSCALER,
+        size=DenoiserSize(num_layers=2, video_width=64, audio_width=32, text_tokens=128),
+    )
+
+
+@pytest.fixture
+def load() -> Callable[..., RenderEngine]:
+    def load_on_cpu(model: ModelConfig, **precision: Any) -> RenderEngine:
+        return load_engine(
+            model, PrecisionConfig(**({"torch_threads": 1} | precision)), device="cpu", ops=reference_ops()
+        )
+
+    return load_on_cpu
+
+
+@pytest.fixture
+def engine(nano_model: ModelConfig, load: Callable[..., RenderEngine]) -> RenderEngine:
+    return load(nano_model)
+
+
+@pytest.fixture
+def recipe() -> RecipeConfig:
+    return RecipeConfig(name="two_stage", stages=[StageConfig(2, STAGE_1_SIGMAS), StageConfig(1, STAGE_2_SIGMAS)])
+
+
+@pytest.fixture
+def request_for() -> Callable[..., RenderRequest]:
+    """A small request; name what matters to the test."""
+
+    def build(**fields: Any) -> RenderRequest:
+        defaults = {
+            "id": "clip",
+            "row_index": 0,
+            "prompt": "a red fox walks through deep snow",
+            "negative_prompt": "",
+            "seed": 1,
+            "width": 64,
+            "height": 64,
+            "num_frames": 9,
+            "fps": 24.0,
+            "recipe": "two_stage",
+            "grid_px": 64,
+        }
+        return RenderRequest(**(defaults | fields))
+
+    return build

@@ -1,0 +1,262 @@
+"""The engine on the nano model: what it renders, what it reports, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.config import RecipeConfig, StageConfig
+from pipeline.engine.decode import CHUNK_FRAMES
+from pipeline.errors import CheckpointMismatch, EngineFault, OutOfMemory, UsageError
+from pipeline.model.checkpoint import CheckpointFile
+
+
+def _ignore(stage):
+    pass
+
+
+def _render(engine, recipe, request):
+    streams = engine.render(request, recipe, _ignore)
+    return np.concatenate(list(streams.frames)), streams.waveform
+
+
+def test_clip_has_the_asked_frames_size_and_sound(engine, recipe, request_for):
+    request = request_for(width=128, height=64, num_frames=25)
+    streams = engine.render(request, recipe, _ignore)
+    chunks = list(streams.frames)
+    assert [len(chunk) for chunk in chunks] == [CHUNK_FRAMES, 25 - CHUNK_FRAMES]
+    assert all(chunk.shape[1:] == (64, 128, 3) and chunk.dtype == np.uint8 for chunk in chunks)
+    assert all(chunk.flags["C_CONTIGUOUS"] for chunk in chunks)
+    num_audio_latents, samples_per_mel_frame = 26, 240
+    assert streams.waveform.shape == (2, (4 * num_audio_latents - 3) * samples_per_mel_frame)
+    assert streams.waveform.dtype == np.float32
+    assert streams.sample_rate_hz == 24000
+
+
+def test_size_off_the_grid_is_the_middle_of_the_next_size_on_it(engine, recipe, request_for):
+    whole, sound = _render(engine, recipe, request_for(width=128, height=128))
+    cropped, same_sound = _render(engine, recipe, request_for(width=100, height=66))
+    assert np.array_equal(cropped, whole[:, 31 : 31 + 66, 14 : 14 + 100])
+    assert np.array_equal(sound, same_sound)
+
+
+def test_same_request_renders_the_same_bytes_also_after_others(engine, recipe, request_for):
+    first, first_sound = _render(engine, recipe, request_for())
+    _render(engine, recipe, request_for(prompt="waves", seed=5, width=128))
+    again, again_sound = _render(engine, recipe, request_for())
+    assert np.array_equal(first, again)
+    assert np.array_equal(first_sound, again_sound)
+
+
+def test_freshly_loaded_engine_renders_the_same_bytes(nano_model, load, recipe, request_for):
+    (frames, sound), (other_frames, other_sound) = (_render(load(nano_model), recipe, request_for()) for _ in range(2))
+    assert np.array_equal(frames, other_frames)
+    assert np.array_equal(sound, other_sound)
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"prompt": "waves crash on black rocks"}, {"fps": 12.0}])
+def test_seed_prompt_and_rate_each_change_the_picture(engine, recipe, request_for, change):
+    frames, sound = _render(engine, recipe, request_for())
+    other, other_sound = _render(engine, recipe, request_for(**change))
+    assert np.abs(frames.astype(int) - other.astype(int)).mean() > 2
+    assert sound.shape != other_sound.shape or np.abs(sound - other_sound).max() > 0.01
+
+
+def test_stages_are_reported_as_they_begin(engine, recipe, request_for):
+    begun = []
+    streams = engine.render(request_for(), recipe, begun.append)
+    expected = ["text_encode", "denoise", "upsample", "denoise", "decode"]
+    assert begun == expected
+    list(streams.frames)
+    assert begun == expected
+
+
+def test_nothing_is_decoded_before_the_first_chunk_is_taken(engine, recipe, request_for):
+    class Watched:
+        calls = 0
+
+        def decode(self, latent):
+            Watched.calls += 1
+            return engine.video_decoder.decode(latent)
+
+    streams = dataclasses.replace(engine, video_decoder=Watched()).render(request_for(), recipe, _ignore)
+    assert Watched.calls == 0
+    next(streams.frames)
+    assert Watched.calls == 1
+
+
+def test_recipe_of_one_stage_never_upsamples(engine, request_for):
+    begun = []
+    one_stage = RecipeConfig(name="one", stages=[StageConfig(1, [1.0, 0.5, 0.0])])
+    streams = dataclasses.replace(engine, upsampler=None).render(request_for(width=96), one_stage, begun.append)
+    assert begun == ["text_encode", "denoise", "decode"]
+    assert next(streams.frames).shape == (9, 64, 96, 3)
+
+
+def test_second_stage_at_the_same_size_starts_from_the_first(engine, request_for):
+    begun = []
+    stages = [StageConfig(1, [1.0, 0.5, 0.0]), StageConfig(1, [0.5, 0.0])]
+    engine.render(request_for(), RecipeConfig(name="again", stages=stages), begun.append)
+    assert begun == ["text_encode", "denoise", "denoise", "decode"]
+
+
+def test_recipe_that_upsamples_needs_an_upscaler(engine, recipe, request_for):
+    with pytest.raises(UsageError, match=r"needs model\.spatial_upscaler"):
+        dataclasses.replace(engine, upsampler=None).render(request_for(), recipe, _ignore)
+
+
+def test_recipe_that_shrinks_is_refused(engine, request_for):
+    shrinking = RecipeConfig(name="odd", stages=[StageConfig(d, [0.5, 0.0]) for d in (1, 2, 1)])
+    with pytest.raises(UsageError, match=r"must not grow from stage to stage, got \[1, 2, 1\]"):
+        engine.render(request_for(), shrinking, _ignore)
+
+
+def test_unknown_sampler_is_refused_before_anything_is_computed(engine, recipe, request_for):
+    recipe.stages[1].sampler = "heun"
+    begun = []
+    with pytest.raises(UsageError, match="euler"):
+        engine.render(request_for(), recipe, begun.append)
+    assert begun == []
+
+
+def test_single_frame_at_a_rate_that_leaves_no_sound_still_renders(engine, recipe, request_for):
+    frames, sound = _render(engine, recipe, request_for(num_frames=1, fps=60.0))
+    assert frames.shape == (1, 64, 64, 3)
+    assert sound.shape == (2, 240)
+
+
+class _Fails:
+    def __init__(self, error):
+        self.error = error
+
+    def encode(self, prompt):
+        raise self.error
+
+    def decode(self, latent):
+        raise self.error
+
+
+def test_exhausted_memory_is_reported_with_what_was_asked(engine, recipe, request_for):
+    full = _Fails(torch.OutOfMemoryError("tried to allocate 80 GiB\nmore"))
+    request = request_for(width=100)
+    with pytest.raises(OutOfMemory, match=r"128x64, 9 frames does not fit the device: tried to allocate 80 GiB$"):
+        dataclasses.replace(engine, text=full).render(request, recipe, _ignore)
+    streams = dataclasses.replace(engine, video_decoder=full).render(request, recipe, _ignore)
+    with pytest.raises(OutOfMemory, match="128x64, 9 frames"):
+        next(streams.frames)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [(torch.full((1, 3, 9, 64, 64), float("nan")), "not finite"), (torch.zeros(1, 3, 8, 64, 64), "expected")],
+)
+def test_decoder_that_gives_nonsense_is_a_fault(engine, recipe, request_for, video, message):
+    class Wrong:
+        def decode(self, latent):
+            return video
+
+    streams = dataclasses.replace(engine, video_decoder=Wrong()).render(request_for(), recipe, _ignore)
+    with pytest.raises(EngineFault, match=message):
+        next(streams.frames)
+
+
+def test_value_between_two_bytes_becomes_the_nearer_one(engine, recipe, request_for):
+    class Grey:
+        def decode(self, latent):
+            return torch.full((1, 3, 9, 64, 64), 0.3)
+
+    streams = dataclasses.replace(engine, video_decoder=Grey()).render(request_for(), recipe, _ignore)
+    assert (next(streams.frames) == 166).all(), "0.65 * 255 is 165.75"
+
+
+def test_prompt_seen_before_is_not_encoded_again(engine):
+    asked = []
+
+    class Counting:
+        def encode(self, prompts):
+            asked.extend(prompts)
+            return encoder.encode(prompts)
+
+    encoder = engine.text._encoder
+    engine.text._encoder = Counting()
+    for prompt in ["a", "b", "a", *"cdefgh", "a", "i", "a", "b"]:
+        engine.text.encode(prompt)
+    # Eight prompts are kept; "i" pushes out the one unused for longest, which is "b".
+    assert asked == [*"abcdefghi", "b"]
+
+
+def test_loading_says_how_long_it_took_and_sets_the_threads(nano_model, load, caplog):
+    with caplog.at_level(logging.INFO, logger="pipeline.engine"):
+        load(nano_model, torch_threads=2)
+    assert torch.get_num_threads() == 2
+    facts = caplog.records[-1].facts
+    assert facts["load_s"] >= facts["text_encoder_s"] > 0
+    assert facts["device"] == "cpu"
+
+
+def test_sizes_that_disagree_with_the_checkpoint_are_refused_together(nano_model, load):
+    nano_model.size.num_layers, nano_model.size.audio_width = 48, 2048
+    with pytest.raises(UsageError) as refusal:
+        load(nano_model)
+    assert "num_layers must be 2, got 48" in str(refusal.value)
+    assert "audio_width must be 32, got 2048" in str(refusal.value)
+    assert "video_width" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "text_encoder", "spatial_upscaler"])
+def test_missing_file_of_a_model_is_refused_by_name(nano_model, load, name):
+    setattr(nano_model, name, "not-there")
+    with pytest.raises(UsageError, match="not-there"):
+        load(nano_model)
+
+
+def test_absolute_paths_need_no_folder(nano_model, nano_folder, load):
+    for name in ("checkpoint", "text_encoder", "spatial_upscaler"):
+        setattr(nano_model, name, str(nano_folder / getattr(nano_model, name)))
+    nano_model.folder = "/nowhere"
+    load(nano_model)
+
+
+def test_bfloat16_is_used_throughout_but_for_the_vocoder(nano_model, load, recipe, request_for):
+    engine = load(nano_model, dtype="bfloat16")
+    assert {p.dtype for p in engine.denoiser.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in engine.vocoder._module.parameters()} == {torch.float32}
+    frames, sound = _render(engine, recipe, request_for())
+    exact, _ = _render(load(nano_model), recipe, request_for())
+    assert np.isfinite(sound).all()
+    assert np.abs(frames.astype(int) - exact.astype(int)).mean() < 20
+
+
+@pytest.fixture
+def changed_checkpoint(nano_model, tmp_path):
+    """Points the model at a copy of its checkpoint after `change(tensors)`."""
+
+    def apply(change):
+        source = CheckpointFile(f"{nano_model.folder}/{nano_model.checkpoint}")
+        tensors = load_file(source.path)
+        change(tensors)
+        path = tmp_path / "changed.safetensors"
+        save_file(tensors, path, {"config": json.dumps(source.config)})
+        nano_model.checkpoint = str(path)
+        return nano_model
+
+    return apply
+
+
+@pytest.mark.parametrize("name", ["vae.decoder.extra", "surprise.weight", "model.diffusion_model.extra.weight"])
+def test_tensor_that_no_part_owns_is_refused(changed_checkpoint, load, name):
+    model = changed_checkpoint(lambda tensors: tensors.update({name: torch.zeros(1)}))
+    with pytest.raises(CheckpointMismatch, match=name):
+        load(model)
+
+
+def test_statistics_that_no_code_reads_are_no_reason_to_refuse(changed_checkpoint, load):
+    unread = ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
+    names = [f"vae.per_channel_statistics.{name}" for name in unread]
+    load(changed_checkpoint(lambda tensors: tensors.update({name: torch.zeros(16) for name in names})))
