@@ -88,13 +88,6 @@ class StageConfig:
 
 
 @dataclass
-class DecodeConfig:
-    """How latents become frames: whole, or in chunks of latent frames where memory demands it."""
-
-    tiling: bool = False
-
-
-@dataclass
 class EncodeConfig:
     """Settings of the MP4 writer. All of them change the file's bytes, so all are part of the content key."""
 
@@ -112,15 +105,13 @@ class EncodeConfig:
 
 @dataclass
 class RecipeConfig:
-    """A way of rendering: stages, sound, decoding and encoding. Data only; one engine executes all of them."""
+    """A way of rendering: stages, and how the file is encoded. Data only; one engine executes all of them."""
 
     name: str = ""
     clip: ClipDefaults = field(default_factory=ClipDefaults)
-    negative_prompt: str = ""
     # Sizes off the grid are rendered at the next grid size and cropped; false refuses them.
     crop: bool = True
     stages: list[StageConfig] = field(default_factory=list)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
 
     def __post_init__(self) -> None:
@@ -142,15 +133,16 @@ class PrecisionConfig:
     # "checkpoint" computes in the dtype the weights are stored in: float32 for nano, bfloat16 as published.
     dtype: str = "checkpoint"
     kernels: str = "reference"
-    # Threads of torch on the CPU: a constant, because sums differ between thread counts.
-    torch_threads: int = 2
+    # Threads of torch on the CPU: a constant, because sums differ between thread counts. One, because two threads on
+    # busy cores wait for each other: a 0.11 s nano clip took up to 9.9 s beside other work.
+    torch_threads: int = 1
 
     def __post_init__(self) -> None:
         dtypes = ("checkpoint", "float32", "bfloat16")
         _require(self.dtype in dtypes, "precision.dtype", " or ".join(dtypes), self.dtype, "use precision=exact")
         ok = self.kernels == "reference"
         _require(ok, "precision.kernels", "reference", self.kernels, "fused kernels do not exist yet")
-        _require(self.torch_threads >= 1, "precision.torch_threads", "1 or more", self.torch_threads, "use 2")
+        _require(self.torch_threads >= 1, "precision.torch_threads", "1 or more", self.torch_threads, "use 1")
 
 
 @dataclass
@@ -171,7 +163,8 @@ class ClusterConfig:
     name: str = "in_process"
     # auto takes the GPU if this machine has one.
     device: str = "auto"
-    assumed_cpu_tflops: float = 0.05
+    # The nano model on one thread of a 2-core machine took 11 times as long as 0.05 TFLOP/s says (2026-11-20).
+    assumed_cpu_tflops: float = 0.0045
     assumed_gpu_tflops: float = 400.0
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import secrets
 import sys
+import traceback
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -250,6 +251,8 @@ def _exit_code(rows: list[dict[str, Any]], ending: Ending) -> int:
 def _say_why(ending: Ending) -> None:
     error: PipelineError | None = ending.stopped_by
     if error is not None:
+        if error.__cause__ is not None and not isinstance(error.__cause__, PipelineError):
+            traceback.print_exception(error.__cause__)
         sys.stderr.write(f"error: {error}\n")
     elif ending.limit_reached is not None:
         sys.stderr.write(f"stopped: {ending.limit_reached}; the same command with a higher limit goes on\n")

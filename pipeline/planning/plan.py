@@ -17,7 +17,7 @@ from pipeline.records.request import RecipeRules, RenderRequest, RequestLimits
 from pipeline.records.work import WorkItem, content_key
 
 # What a recipe gives a row is part of the resolved request already, and a thumbnail is neither pixels nor sound.
-_NOT_CONTENT = ("name", "clip", "crop", "negative_prompt")
+_NOT_CONTENT = ("name", "clip", "crop")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ def recipe_rules(recipe: RecipeConfig) -> RecipeRules:
         height=clip.height,
         num_frames=clip.num_frames,
         fps=clip.fps,
-        negative_prompt=recipe.negative_prompt,
         grid_px=recipe.grid_px,
         crop=recipe.crop,
     )

@@ -27,6 +27,7 @@ from pipeline.geometry import (
 
 # Columns of tasks that no recipe can do yet: part of the schema, refused in a row that fills them in.
 TASK_COLUMNS = (
+    "negative_prompt",
     "images",
     "audio",
     "video",
@@ -52,7 +53,6 @@ class RecipeRules:
     height: int
     num_frames: int
     fps: float
-    negative_prompt: str
     grid_px: int
     crop: bool
 
@@ -72,7 +72,6 @@ class RenderRequest:
     id: str
     row_index: int
     prompt: str
-    negative_prompt: str
     seed: int
     width: int
     height: int
@@ -132,12 +131,10 @@ def parse_request(
     problems.extend(_unsupported_tasks(row, rules.name))
     if problems:
         raise InvalidRequest(tuple(problems))
-    negative_prompt = row.get("negative_prompt")
     return RenderRequest(
         id=row_id,
         row_index=row_index,
         prompt=prompt,
-        negative_prompt=rules.negative_prompt if negative_prompt is None else negative_prompt,
         seed=seed_from_id(row_id) if seed is None else seed,
         width=width,
         height=height,

@@ -26,9 +26,9 @@ dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 
   margin: 16px 0 0; }
 dl.facts div { min-width: 0; } dt { color: var(--soft); font-size: 12.5px; }
 dd { margin: 0; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(116px, 1fr)); gap: 12px; margin-top: 22px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 12px; margin-top: 22px; }
 .tile, .panel, .clip { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: 12px 16px; } .tile strong { display: block; font-size: 24px; line-height: 1.2;
+.tile { padding: 12px 16px; } .tile strong { display: block; font-size: 22px; overflow-wrap: anywhere; line-height: 1.2;
   font-variant-numeric: tabular-nums; }
 .panel { padding: 16px 18px; overflow-x: auto; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 16px;

@@ -1,0 +1,107 @@
+"""What a user can read of an output folder, checked against what the contract promises.
+
+After any number of killed runs and one run that ended:
+  1. every manifest row has exactly one result, and it is `rendered` or `skipped`;
+  2. every commit's video is there, has the recorded hash and decodes to its last frame;
+  3. nothing that was committed was started again;
+  4. each run's ledger partitions each worker's held time within 1 ms, with at most 5 s `unknown` a kill;
+  5. nothing is left in `_attempts`, and no file is there that no record names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow.parquet as pq
+
+MS = 1_000_000
+MAX_UNKNOWN_NS = 5_000_000_000
+
+
+def results_of(run: Path) -> list[dict[str, Any]]:
+    files = sorted((run / "results").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist(maps_as_pydicts="lossy")]
+
+
+def ledger_of(run: Path) -> list[dict[str, Any]]:
+    return [row for file in sorted((run / "ledger").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def runs_of(output: Path) -> list[Path]:
+    return sorted((output / "runs").iterdir(), key=lambda run: json.loads((run / "run.json").read_text())["started_at"])
+
+
+def records_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in (output / "commits").glob("*.json")]
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    lines = [line for file in (run / "events").glob("*.jsonl") for line in file.read_text().splitlines()]
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except ValueError:  # the line that a kill cut short
+            continue
+    return events
+
+
+def check_output(output: Path, ids: list[str]) -> None:
+    last = runs_of(output)[-1]
+    results = results_of(last)
+    assert [row["id"] for row in results] == ids
+    assert {row["status"] for row in results} <= {"rendered", "skipped"}
+    check_commits(output)
+    check_nothing_was_done_twice(output)
+    for run in runs_of(output):
+        check_partition(run)
+    assert not (output / "_attempts").exists()
+
+
+def check_commits(output: Path) -> None:
+    named: set[str] = set()
+    for record in records_of(output):
+        video = output / "videos" / Path(record["uri"]).name
+        assert hashlib.sha256(video.read_bytes()).hexdigest() == record["sha256"]
+        assert video.stat().st_size == record["size_bytes"]
+        assert decoded_frames(video) == record["num_frames"]
+        assert (output / "thumbnails" / Path(record["thumbnail_uri"]).name).is_file()
+        named.add(video.name)
+    assert {path.name for path in (output / "videos").iterdir()} == named
+
+
+def decoded_frames(video: Path) -> int:
+    with av.open(str(video)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def check_nothing_was_done_twice(output: Path) -> None:
+    committed_at = {record["key"]: (output / "commits" / f"{record['key']}.json").stat().st_mtime_ns
+                    for record in records_of(output)}  # fmt: skip
+    for run in runs_of(output):
+        for event in events_of(run):
+            if event["event"] == "attempt_started" and event["key"] in committed_at:
+                assert event["at_ns"] <= committed_at[event["key"]], f"{event['id']} was done twice"
+
+
+def check_partition(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    by_worker: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in ledger_of(run):
+        by_worker[row["gpu_id"]].append(row)
+    assert set(by_worker) <= {worker["gpu_id"] for worker in facts["workers"]}
+    for worker in facts["workers"]:
+        rows = sorted(by_worker[worker["gpu_id"]], key=lambda row: row["t0_ns"])
+        assert worker["released_ns"] is not None, f"{run.name} was never closed"
+        assert abs(rows[0]["t0_ns"] - worker["acquired_ns"]) <= MS
+        assert abs(rows[-1]["t1_ns"] - worker["released_ns"]) <= MS
+        assert all(abs(a["t1_ns"] - b["t0_ns"]) <= MS for a, b in pairwise(rows)), f"{run.name} has a gap or an overlap"
+        unknown = [row for row in rows if row["state"] == "unknown"]
+        assert sum(row["t1_ns"] - row["t0_ns"] for row in unknown) <= MAX_UNKNOWN_NS
+        assert not unknown or facts["state"] == "lost"
