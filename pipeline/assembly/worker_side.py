@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from kernels.ops import reference_ops
 from pipeline.config import RecipeConfig, RenderJob
 from pipeline.cost.meter import Meter
@@ -11,6 +9,7 @@ from pipeline.engine.engine import load_engine
 from pipeline.media.mux import EncodeSettings
 from pipeline.records.outcome import RunFacts
 from pipeline.storage.assets import AssetStore
+from pipeline.storage.filesystem import local_path
 from pipeline.worker import ClipRecipe, ClipWorker
 
 
@@ -25,7 +24,7 @@ def build_worker(
     engine = load_engine(job.model, job.precision, device=device, ops=reference_ops())
     return ClipWorker(
         engine=engine,
-        store=AssetStore(Path(job.output)),
+        store=AssetStore(local_path(job.output)),
         meter=meter,
         recipes={name: _clip_recipe(recipe) for name, recipe in recipes.items()},
         facts=facts,

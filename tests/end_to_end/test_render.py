@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from decimal import Decimal
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.end_to_end.checker import check_output, events_of, ledger_of, results_of, runs_of
-from tests.end_to_end.conftest import CLIP, ROOT, Render, small_rows
+from tests.end_to_end.conftest import CLIP, ROOT, Render, run_command, small_rows
 
 Manifest = Callable[[list[dict[str, Any]]], Path]
 
@@ -165,7 +166,6 @@ def test_a_report_is_rebuilt_from_the_runs_tables(render: Render, manifest: Mani
     page = run / "report.html"
     before = page.read_text()
     page.unlink()
-    from tests.end_to_end.conftest import run_command
 
     done = run_command("report", f"run={run}", "follow=true")
     assert done.returncode == 0, done.stderr
@@ -176,3 +176,15 @@ def test_every_event_is_a_json_line(render: Render, manifest: Manifest, tmp_path
     assert render(manifest(small_rows(1))).returncode == 0
     events = [event["event"] for event in events_of(runs_of(tmp_path / "out")[0])]
     assert events == ["attempt_started", "rendered", "ended"]
+
+
+def test_a_relative_output_with_spaces_is_a_folder_like_any_other(
+    model_folder: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    relative = os.path.relpath(tmp_path / "my out", ROOT)
+    arguments = (f"manifest={manifest(small_rows(1))}", f"output={relative}", f"model.folder={model_folder}")
+    done = run_command("render", *arguments)
+    assert done.returncode == 0, done.stderr
+    check_output(tmp_path / "my out", ["clip-0"])
+    (row,) = results_of(runs_of(tmp_path / "my out")[0])
+    assert row["uri"] == (tmp_path / "my out" / "videos" / Path(row["uri"]).name).as_uri()
