@@ -34,7 +34,7 @@ def local_path(uri: str) -> Path:
     """The path of a local URI; a plain path is taken as it is, relative to the working directory."""
     if uri.startswith("file://"):
         return Path(unquote(urlsplit(uri).path))
-    return Path(uri).expanduser().absolute()
+    return Path(os.path.abspath(Path(uri).expanduser()))  # noqa: PTH100 - resolves `..`, which absolute() keeps
 
 
 def storage_error(error: OSError, doing: str) -> PipelineError:
