@@ -17,6 +17,7 @@ from typing import TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from pipeline.config import (
     RecipeConfig,
@@ -32,7 +33,11 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.telemetry import log_to_stderr
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-PATH_KEYS = ("manifest", "output", "report", "run", "model.folder", "model.checkpoint", "model.text_encoder")
+PATH_KEYS = (
+    "manifest", "output", "report", "run",
+    "model.folder", "model.checkpoint", "model.text_encoder", "model.spatial_upscaler",
+)  # fmt: skip
+FLAGS = ("--help", "-h", "--cfg")
 T = TypeVar("T")
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -48,12 +53,16 @@ def compose_job(schema: type[T], name: str, argv: list[str]) -> T:
 
 
 def compose_recipes(name: str, argv: list[str]) -> dict[str, RecipeConfig]:
-    """Every recipe of `conf/recipe/` under the same overrides: rows may name another than the job's."""
+    """Every recipe of `conf/recipe/` by its name, under the same overrides: rows may name another than the job's."""
     overrides = [argument for argument in argv if not argument.startswith("recipe=")]
+    recipes = {}
     with _Hydra(RenderJob):
-        return {
-            recipe: _composed(RenderJob, name, [*overrides, f"recipe={recipe}"]).recipe for recipe in _members("recipe")
-        }
+        for member in _members("recipe"):
+            recipe = _composed(RenderJob, name, [*overrides, f"recipe={member}"]).recipe
+            if recipe.name != member:
+                raise UsageError(f"conf/recipe/{member}.yaml must say name: {member}, got {recipe.name!r}; correct it")
+            recipes[member] = recipe
+    return recipes
 
 
 def run_job(main: Callable[[list[str]], int]) -> None:
@@ -88,10 +97,8 @@ class _Hydra:
 
 
 def _composed(schema: type[T], name: str, argv: list[str]) -> T:
-    if {"--help", "-h"} & set(argv):
-        _exit_after(_help_text(name))
     verbatim = dict(argument.split("=", 1) for argument in argv if argument.split("=", 1)[0] in PATH_KEYS)
-    overrides = [argument for argument in argv if argument.split("=", 1)[0] not in PATH_KEYS and argument != "--cfg"]
+    overrides = [argument for argument in argv if argument.split("=", 1)[0] not in PATH_KEYS and argument not in FLAGS]
     _check_keys(name, [*overrides, *verbatim])
     try:
         tree = compose(name, overrides)
@@ -99,6 +106,8 @@ def _composed(schema: type[T], name: str, argv: list[str]) -> T:
         raise UsageError(_one_line(error)) from error
     for key, value in verbatim.items():
         set_verbatim(tree, key, value)
+    if {"--help", "-h"} & set(argv):
+        _exit_after(_help_text(name, tree))
     if "--cfg" in argv:
         _exit_after(yaml_text(tree))
     job = from_tree(tree)
@@ -144,14 +153,13 @@ def _one_line(error: Exception) -> str:
     return f"{key}: {first}; see --help" if key else f"{first}; see --help"
 
 
-def _help_text(name: str) -> str:
+def _help_text(name: str, tree: DictConfig) -> str:
     lines = [f"python -m jobs.{name} [key=value ...]", "", "Config groups (group=member):"]
-    composed = compose(name)
     for group in _groups():
-        if group in composed:
+        if group in tree:
             lines.append(f"  {group}: {', '.join(_members(group))}")
-    lines += ["", "Settings and their values now (--cfg prints them as YAML):"]
-    lines += [f"  {key}={value}" for key, value in leaf_keys(composed).items()]
+    lines += ["", "Settings and their values with these arguments (--cfg prints them as YAML):"]
+    lines += [f"  {key}={value}" for key, value in leaf_keys(tree).items()]
     return "\n".join(lines)
 
 

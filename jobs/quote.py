@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.assembly.driver_side import worker_device, worker_price
-from pipeline.config import RenderJob
+from pipeline.assembly.driver_side import make_plan, worker_device, worker_price
+from pipeline.config import RecipeConfig, RenderJob
 from pipeline.cost.pricing import unit_price
+from pipeline.errors import UsageError
 from pipeline.planning.estimate import quote
 from pipeline.planning.plan import Plan
-from pipeline.storage.filesystem import write_atomically
+from pipeline.storage.filesystem import local_path, write_atomically
 from pipeline.storage.manifest import Manifest
+from pipeline.storage.models import fingerprint
 
 NUM_REJECTIONS_SHOWN = 20
 
 
-def print_quote(job: RenderJob, manifest: Manifest, plan: Plan) -> int:
-    """Print the quote, write it to `job.report` if that is set; returns 3 if rows are rejected, else 0."""
+def quote_job(job: RenderJob, recipes: Mapping[str, RecipeConfig]) -> int:
+    """Print what `job` would do and cost, write it to `job.report` if that is set; returns 3 if rows are rejected."""
+    try:
+        model_fingerprint = fingerprint(Path(job.model.folder), job.model.name)
+    except UsageError:
+        # Without its files nothing can be known to be done; the quote is then for all rows, and says so.
+        sys.stdout.write(f"model {job.model.name} is not staged here: every valid row counts as still to render\n")
+        model_fingerprint = "not staged"
+    manifest, plan = make_plan(job, recipes, model_fingerprint)
+    facts = _facts(job, manifest, plan)
+    sys.stdout.write(_as_text(facts))
+    if job.report is not None:
+        write_atomically(local_path(job.report), json.dumps(facts, indent=1).encode())
+    return 3 if plan.rejected else 0
+
+
+def _facts(job: RenderJob, manifest: Manifest, plan: Plan) -> dict[str, Any]:
     device = worker_device(job)
     price = worker_price(job, device)
     total = quote([(item.request, item.estimate) for item in plan.to_render], unit_price(price))
     tflops = job.cluster.assumed_gpu_tflops if device == "cuda" else job.cluster.assumed_cpu_tflops
-    facts: dict[str, Any] = {
+    return {
         "manifest": manifest.uri,
         "rows": manifest.num_rows,
         "to_render": len(plan.to_render),
@@ -51,10 +69,6 @@ def print_quote(job: RenderJob, manifest: Manifest, plan: Plan) -> int:
             for item in plan.to_render
         ],
     }
-    sys.stdout.write(_as_text(facts))
-    if job.report is not None:
-        write_atomically(Path(job.report).absolute(), json.dumps(facts, indent=1).encode())
-    return 3 if plan.rejected else 0
 
 
 def _as_text(facts: dict[str, Any]) -> str:
@@ -74,4 +88,6 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"  {facts['source']}: assumes {facts['assumed_tflops_per_worker']:g} TFLOP/s a worker, clips only, without "
         "start-up and idle time",
     ]
+    if facts["device"] == "cpu":
+        lines.append("  no GPU here, so priced as a CPU worker; cluster.device=cuda prices a GPU")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from types import FrameType
 
 from jobs.entry import RenderJob, compose_job, compose_recipes, run_job
 from jobs.interrupts import EXIT_INTERRUPTED
-from jobs.quote import print_quote
+from jobs.quote import quote_job
 from jobs.stage_weights import stage_model
 from pipeline.assembly.driver_side import Run, make_plan
 from pipeline.cluster.driver import StopRequest
@@ -25,12 +25,11 @@ from pipeline.storage.models import fingerprint
 def main(argv: list[str]) -> int:
     job = compose_job(RenderJob, "render", argv)
     recipes = compose_recipes("render", argv)
+    if job.dry_run:
+        return quote_job(job, recipes)
     model_fingerprint = _staged(job)
     manifest, plan = make_plan(job, recipes, model_fingerprint)
-    if job.dry_run:
-        return print_quote(job, manifest, plan)
-    run = Run(job, recipes, model_fingerprint, manifest, plan, _stop_on_signals())
-    return run.execute()
+    return Run(job, recipes, model_fingerprint, manifest, plan, _stop_on_signals()).execute()
 
 
 def _staged(job: RenderJob) -> str:

@@ -26,6 +26,11 @@ def _require(ok: bool, name: str, rule: str, value: object, way_out: str) -> Non
         raise UsageError(f"{name} must be {rule}, got {value!r}; {way_out}")
 
 
+# Presets of libx264, fastest first, and the sampling steps of `engine/samplers.py` (a test holds them equal).
+X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+SAMPLERS = ("euler",)
+
+
 @dataclass
 class ClipDefaults:
     """The clip a row asks for when it says nothing else."""
@@ -83,13 +88,15 @@ class StageConfig:
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
         ok = len(self.sigmas) >= 2 and finite and falling and self.sigmas[0] <= 1 and self.sigmas[-1] == 0
         _require(ok, "recipe.stages.sigmas", "two or more descending levels from at most 1 to 0", self.sigmas, way_out)
+        samplers = ", ".join(SAMPLERS)
+        _require(self.sampler in SAMPLERS, "recipe.stages.sampler", f"one of {samplers}", self.sampler, "use euler")
         ok = self.size_divisor in (1, 2)
         _require(ok, "recipe.stages.size_divisor", "1 or 2", self.size_divisor, "use 2 for half")
 
 
 @dataclass
 class EncodeConfig:
-    """Settings of the MP4 writer. All of them change the file's bytes, so all are part of the content key."""
+    """Settings of the MP4 writer. All but `thumbnail_quality` change its bytes, and so are in the content key."""
 
     preset: str = "veryfast"
     crf: int = 18
@@ -99,6 +106,8 @@ class EncodeConfig:
     thumbnail_quality: int = 85
 
     def __post_init__(self) -> None:
+        presets = ", ".join(X264_PRESETS)
+        _require(self.preset in X264_PRESETS, "recipe.encode.preset", f"one of {presets}", self.preset, "use veryfast")
         _require(0 <= self.crf <= 51, "recipe.encode.crf", "between 0 and 51", self.crf, "18 is visually lossless")
         _require(self.x264_threads >= 1, "recipe.encode.x264_threads", "1 or more", self.x264_threads, "use 2")
 

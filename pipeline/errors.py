@@ -1,7 +1,7 @@
 """The error classes of the pipeline. The class decides what happens next, never the text.
 
-`retry_can_help` says if another attempt at the same work may succeed; `exit_code` is what a job ends with
-when the error reaches its top (contract, section 1).
+What follows a failed attempt is in `planning/policy.py`; `exit_code` is what a job ends with when the error reaches
+its top (README, "The contract").
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ class PipelineError(Exception):
     """Base of every error this project raises on purpose. Its text is written for the operator."""
 
     exit_code = 6
-    retry_can_help = False
 
 
 class UsageError(PipelineError):
@@ -35,8 +34,6 @@ class InvalidRequest(PipelineError):
 class EngineFault(PipelineError):
     """The renderer produced something it must not (non-finite latents, a wrong frame count, a broken file)."""
 
-    retry_can_help = True
-
 
 class OutOfMemory(PipelineError):
     """The work did not fit the memory of its worker."""
@@ -45,8 +42,6 @@ class OutOfMemory(PipelineError):
 class StorageUnavailable(PipelineError):
     """The store refused or lost a write and may accept it later."""
 
-    retry_can_help = True
-
 
 class StorageFull(PipelineError):
     """The output's disk is full: no later row can be written either, so the job stops, resumable."""
@@ -54,8 +49,6 @@ class StorageFull(PipelineError):
 
 class WorkerLost(PipelineError):
     """A worker ended without an answer."""
-
-    retry_can_help = True
 
 
 class Interrupted(PipelineError):
@@ -71,7 +64,6 @@ FAULTS: tuple[type[PipelineError], ...] = (
     OutOfMemory,
     StorageFull,
     StorageUnavailable,
-    WorkerLost,
     UsageError,
     EngineFault,
 )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 # Called with the name of the state that a worker's device enters ("denoise", "decode", ...). The names are
-# those of the ledger (contract, section 3); whoever accounts for time supplies the function.
+# those of the ledger (README, "The contract"); whoever accounts for time supplies the function.
 OnStage = Callable[[str], None]
 
 

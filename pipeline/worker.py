@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config import RecipeConfig
 from pipeline.cost.meter import Meter
 from pipeline.engine.engine import RenderEngine
 from pipeline.errors import EngineFault, PipelineError, fault_of
@@ -39,9 +40,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClipRecipe:
-    """What a worker needs to know of a recipe beside what it hands to the engine."""
+    """What the engine follows, and what the file is written with."""
 
-    engine: Any
+    recipe: RecipeConfig
     encode: EncodeSettings
     thumbnail_quality: int
 
@@ -118,9 +119,9 @@ class ClipWorker:
             self.meter.enter("idle")
 
     def _render(self, item: WorkItem, attempt: _Attempt, stem: Path) -> Rendered:
-        request, recipe = item.request, self.recipes[item.request.recipe]
+        request, clip = item.request, self.recipes[item.request.recipe]
         video, thumbnail, record_scratch = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg", ".json"))
-        streams = self.engine.render(request, recipe.engine, attempt.enter)
+        streams = self.engine.render(request, clip.recipe, attempt.enter)
         written = write_clip(
             video,
             _then(streams.frames, lambda: attempt.enter("encode")),
@@ -128,9 +129,9 @@ class ClipWorker:
             fps=request.fps,
             num_frames=request.num_frames,
             sample_rate_hz=streams.sample_rate_hz,
-            settings=recipe.encode,
+            settings=clip.encode,
         )
-        write_thumbnail(thumbnail, written.first_frame, quality=recipe.thumbnail_quality)
+        write_thumbnail(thumbnail, written.first_frame, quality=clip.thumbnail_quality)
         facts = self._checked(video, item, streams.sample_rate_hz)
         attempt.enter("upload")
         published = self.store.publish_video(video, item.file_stem)

@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
                           "pipeline.cost.pricing"},
     "pipeline.engine": {"pipeline.errors", "pipeline.config", "pipeline.geometry", "pipeline.telemetry",
                         "pipeline.records.request", "kernels.ops", "pipeline.model"},
-    "pipeline.worker": {"pipeline.records", "pipeline.telemetry", "pipeline.engine.engine", "pipeline.media",
-                        "pipeline.storage.assets", "pipeline.cost.meter", "pipeline.errors"},
+    "pipeline.worker": {"pipeline.config", "pipeline.records", "pipeline.telemetry", "pipeline.engine.engine",
+                        "pipeline.media", "pipeline.storage.assets", "pipeline.cost.meter", "pipeline.errors"},
     # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions.
     "pipeline.cluster": {"pipeline.errors", "pipeline.config", "pipeline.telemetry", "pipeline.records",
                          "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.cost.meter"},
@@ -57,12 +57,10 @@ MAY_IMPORT: dict[str, set[str]] = {
                                       "pipeline.report.rebuild", "pipeline.assembly.worker_side"},
     "jobs": {"pipeline.config", "pipeline.errors"},
     "jobs.entry": {"pipeline.config", "pipeline.errors", "pipeline.telemetry"},
-    "jobs.quote": {"pipeline.config", "pipeline.assembly.driver_side", "pipeline.cost.pricing",
+    "jobs.quote": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side", "pipeline.cost.pricing",
                    "pipeline.planning", "pipeline.storage"},
     "jobs.render": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side",
                     "pipeline.cluster.driver", "pipeline.storage.models"},
-    "jobs.estimate": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side",
-                      "pipeline.storage.models"},
     "jobs.report": {"pipeline.config", "pipeline.report.rebuild", "pipeline.storage.filesystem"},
     "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.engine.nano"},
 }  # fmt: skip
@@ -80,7 +78,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "fsspec": ("pipeline.storage",),
     "pyarrow": ("pipeline.storage",),
     "hydra": ("jobs",),
-    "omegaconf": ("pipeline.config",),
+    # jobs.entry names DictConfig for typing only.
+    "omegaconf": ("pipeline.config", "jobs.entry"),
     "ray": (),
 }
 

@@ -1,1 +1,1 @@
-"""Configuration to objects, nothing more: one file for each kind of process."""
+"""Configuration to objects: one file for each kind of process. `driver_side.Run` opens and closes a run's books."""

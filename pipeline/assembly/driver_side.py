@@ -114,6 +114,9 @@ class Run:
         warning = stale_price_warning(worker_price(self.job, self._device), datetime.now(UTC).date())
         if warning is not None:
             sys.stderr.write(f"warning: {warning}\n")
+        sys.stderr.write(
+            f"run {self.run_id}; from another shell: python -m jobs.report run={folder.path} follow=true\n"
+        )
         early = self._early_rows()
         for row in early:
             if row["status"] == "rejected":
@@ -255,7 +258,7 @@ def _say_why(ending: Ending) -> None:
             traceback.print_exception(error.__cause__)
         sys.stderr.write(f"error: {error}\n")
     elif ending.limit_reached is not None:
-        sys.stderr.write(f"stopped: {ending.limit_reached}; the same command with a higher limit goes on\n")
+        sys.stderr.write(f"stopped: {ending.limit_reached}; the same command with another limit goes on\n")
 
 
 def _versions() -> dict[str, str]:

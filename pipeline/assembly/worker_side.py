@@ -40,4 +40,4 @@ def _clip_recipe(recipe: RecipeConfig) -> ClipRecipe:
         x264_threads=encode.x264_threads,
         audio_bitrate_kbps=encode.audio_bitrate_kbps,
     )
-    return ClipRecipe(engine=recipe, encode=settings, thumbnail_quality=encode.thumbnail_quality)
+    return ClipRecipe(recipe=recipe, encode=settings, thumbnail_quality=encode.thumbnail_quality)

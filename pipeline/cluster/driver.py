@@ -136,7 +136,7 @@ class Driver:
         in_flight_usd = sum(other.estimate.cost_usd for other in self.queue.in_flight)
         return self.admission.refusal(
             spent_usd=self.counts.spent_usd,
-            committed_usd=in_flight_usd * ratio,
+            in_flight_usd=in_flight_usd * ratio,
             next_usd=item.estimate.cost_usd * ratio,
             next_s=item.estimate.gpu_seconds * ratio,
             now_ns=self.now_ns(),

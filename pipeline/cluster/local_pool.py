@@ -1,4 +1,4 @@
-"""The Pool in this process: one worker on a thread of its own, for laptops, tests and debugging.
+"""The Pool in this process: one worker on a thread of its own.
 
 The driver keeps the main thread, so that signals and the ledger are served while the worker loads and renders.
 """

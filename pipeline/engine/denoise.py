@@ -25,7 +25,7 @@ from pipeline.model.streams import DistinctTimesteps, TokenStream
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepResult:
     """What one step gave: the clean tokens the denoiser predicts, and the state the sampler moved to."""
 
     clean: Tokens
@@ -58,7 +58,7 @@ def denoising(
     shape: LatentShape,
     steps: Sequence[NoiseStep],
     sampler: Sampler,
-) -> Iterator[Progress]:
+) -> Iterator[StepResult]:
     """Every step in turn, from `start`, whose noise level is the first step's. Arithmetic between calls is float32."""
     device = start.video_BTC.device
     video_positions_B3T2 = video_positions(shape, device=device)
@@ -78,7 +78,7 @@ def denoising(
             state.audio_BTC - step.sigma * audio_velocity_BTC.float(),
         )
         state = Tokens(sampler(state.video_BTC, clean.video_BTC, step), sampler(state.audio_BTC, clean.audio_BTC, step))
-        yield Progress(clean, state)
+        yield StepResult(clean, state)
 
 
 def _stream(tokens_BTC: Tensor, sigma_B: Tensor, positions_BAT2: Tensor, text_BSD: Tensor) -> TokenStream:

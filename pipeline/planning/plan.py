@@ -1,4 +1,5 @@
-"""What a run will do, decided before it starts: which rows are rendered, which are there already, which must wait.
+"""What a run will do, decided before it starts: which rows are rendered, which are there already, which are left
+out.
 
 Pure: manifest rows and the look-up of what is committed come from the caller.
 """

@@ -22,7 +22,6 @@ _TABLE: dict[str, tuple[AfterFailure, int]] = {
     "InvalidRequest": (AfterFailure.SET_ASIDE, 1),
     "OutOfMemory": (AfterFailure.SET_ASIDE, 1),
     "EngineFault": (AfterFailure.RETRY, 2),
-    "WorkerLost": (AfterFailure.RETRY, 2),
     "StorageUnavailable": (AfterFailure.RETRY, 3),
     "StorageFull": (AfterFailure.STOP_JOB, 1),
     "UsageError": (AfterFailure.STOP_JOB, 1),
@@ -46,12 +45,12 @@ class Admission:
     deadline_ns: int | None = None
 
     def refusal(
-        self, *, spent_usd: float, committed_usd: float, next_usd: float, next_s: float, now_ns: int
+        self, *, spent_usd: float, in_flight_usd: float, next_usd: float, next_s: float, now_ns: int
     ) -> str | None:
         """Why one more clip may not start, or None. Clips in flight count with their estimates."""
-        if self.budget_usd is not None and spent_usd + committed_usd + next_usd > self.budget_usd:
+        if self.budget_usd is not None and spent_usd + in_flight_usd + next_usd > self.budget_usd:
             return (
-                f"budget_usd is {self.budget_usd:g}: {spent_usd:.6f} spent, {committed_usd:.6f} in flight, "
+                f"budget_usd is {self.budget_usd:g}: {spent_usd:.6f} spent, {in_flight_usd:.6f} in flight, "
                 f"{next_usd:.6f} for the next clip"
             )
         if self.deadline_ns is not None and now_ns + round(next_s * 1e9) > self.deadline_ns:

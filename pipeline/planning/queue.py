@@ -1,4 +1,4 @@
-"""The work of a run: what is done already, what comes next, what is in flight, what was given up.
+"""The work of a run: what comes next, what is in flight, what waits for its twin.
 
 Pure bookkeeping over `WorkItem`s; the driver asks and tells. Rows with equal content keys share one video: the first
 is rendered, its twins wait for it.

@@ -1,6 +1,6 @@
 """What became of a row: timings, clip facts, the commit record, and the ledger entries that say where time went.
 
-Values only. `results_row` is the one place that knows how these become a row of the `results` table.
+Values only. The `*_row` functions are the one place that knows how these become rows of the `results` table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.records.work import WorkItem
 SCHEMA_VERSION = 1
 NS_PER_S = 1_000_000_000
 
-# What a worker's device can be doing (contract, section 3), grouped by how its time is charged.
+# What a worker's device can be doing (README, "The contract"), grouped by how its time is charged.
 COLD_START_STATES = ("provisioning", "weight_load", "warm_up")
 CLIP_STATES = ("text_encode", "denoise", "upsample", "decode", "encode", "upload")
 IDLE_STATES = ("wait", "idle", "drain", "teardown")

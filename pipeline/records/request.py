@@ -92,7 +92,7 @@ class RenderRequest:
         return render_shape(PixelShape(self.num_frames, self.height, self.width, self.fps), self.grid_px)
 
     def pixel_content(self) -> dict[str, Any]:
-        """Everything of the request that changes pixels or sound, for the content key (contract, section 3)."""
+        """Everything of the request that changes pixels or sound, for the content key (README, "The contract")."""
         content = asdict(self)
         for name in ("id", "row_index", "priority", "tags", "extras", "recipe", "grid_px"):
             del content[name]

@@ -52,7 +52,7 @@ def file_stem(row_id: str, key: str) -> str:
 
 
 def content_key(request: RenderRequest, *, recipe: dict[str, Any], precision: dict[str, Any], fingerprint: str) -> str:
-    """sha256 (64 hex digits) of everything that changes pixels or sound (contract, section 3)."""
+    """sha256 (64 hex digits) of everything that changes pixels or sound (README, "The contract")."""
     content = {
         "request": request.pixel_content(),
         "recipe": recipe,

@@ -1,6 +1,6 @@
 """The commit: clips, thumbnails and records under one output, and what is committed there already.
 
-A clip counts when its record exists, and only then (contract, section 3). Video and thumbnail get their final names
+A clip counts when its record exists, and only then (README, "The contract"). Video and thumbnail get their final names
 first, the record last, each created if absent, so any number of writers can race and a reader never sees a part.
 """
 

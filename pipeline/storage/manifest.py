@@ -39,7 +39,7 @@ def _is_record(t: pa.DataType) -> bool:
     return bool(pt.is_struct(t) or pt.is_map(t))
 
 
-# Column -> the type that is meant, and the test for types that can stand for it (contract, section 2).
+# Column -> the type that is meant, and the test for types that can stand for it (README, "The contract").
 COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "id": ("string", _is_text),
     "prompt": ("string", _is_text),

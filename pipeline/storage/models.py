@@ -50,7 +50,7 @@ def stage(folder: Path, model: str, parts: Mapping[str, str]) -> str:
 
 def fingerprint(folder: Path, model: str) -> str:
     """The staged model's fingerprint; UsageError if it is not staged or its files are not those that were hashed."""
-    way_out = f"run: python -m jobs.stage_weights model={model}"
+    way_out = f"run: python -m jobs.stage_weights model={model} model.folder={folder}"
     try:
         sidecar: dict[str, Any] = json.loads(sidecar_path(folder, model).read_bytes())
     except FileNotFoundError as error:

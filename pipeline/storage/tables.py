@@ -1,7 +1,7 @@
 """The tables of a run as Parquet: `results`, one row a manifest row, and `ledger`, one row an interval.
 
-Schemas are the contract's (section 3). Only the driver writes; files are replaced whole, so a reader sees a table
-before or after a change, never within one.
+The schemas are public (README, "The contract"). Only the driver writes; files are replaced whole, so a reader sees a
+table before or after a change, never within one.
 """
 
 from __future__ import annotations

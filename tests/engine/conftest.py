@@ -117,7 +117,6 @@ def request_for() -> Callable[..., RenderRequest]:
             "id": "clip",
             "row_index": 0,
             "prompt": "a red fox walks through deep snow",
-            "negative_prompt": "",
             "seed": 1,
             "width": 64,
             "height": 64,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline import config
 from pipeline.engine.components import TextContext
 from pipeline.engine.denoise import denoise, denoising
 from pipeline.engine.latents import Tokens
@@ -92,3 +93,7 @@ def test_unknown_sampler_is_refused_with_the_names_there_are():
     with pytest.raises(UsageError, match="one of euler, got 'heun'"):
         sampler_named("heun")
     assert sampler_named("euler") is SAMPLERS["euler"]
+
+
+def test_the_samplers_a_recipe_may_name_are_those_that_exist() -> None:
+    assert set(SAMPLERS) == set(config.SAMPLERS)

@@ -24,7 +24,6 @@ RETRY, ASIDE, STOP = AfterFailure.RETRY, AfterFailure.SET_ASIDE, AfterFailure.ST
         ("InvalidRequest", [ASIDE]),
         ("OutOfMemory", [ASIDE]),
         ("EngineFault", [RETRY, ASIDE]),
-        ("WorkerLost", [RETRY, ASIDE]),
         ("StorageUnavailable", [RETRY, RETRY, STOP]),
         ("StorageFull", [STOP]),
         ("UsageError", [STOP]),
@@ -55,7 +54,7 @@ def test_any_error_counts_as_one_of_the_faults(error: BaseException, fault: str)
 
 
 def refusal(admission: Admission, **changes: float) -> str | None:
-    facts = {"spent_usd": 1.0, "committed_usd": 0.5, "next_usd": 0.4, "next_s": 10.0, **changes}
+    facts = {"spent_usd": 1.0, "in_flight_usd": 0.5, "next_usd": 0.4, "next_s": 10.0, **changes}
     return admission.refusal(**facts, now_ns=1_000_000_000)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,82 @@
+"""Composition: what is refused, in one line, and what a path key may hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs import entry
+from jobs.entry import RenderJob, compose_job, compose_recipes
+from pipeline.config import to_plain
+from pipeline.errors import UsageError
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        compose_job(RenderJob, "render", list(arguments))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("manifst=x", "did you mean manifest?"),
+        ("recipe.encode.preset=fastest", "recipe.encode.preset must be one of ultrafast"),
+        ("recipe.encode.x264_threads=0", "x264_threads must be 1 or more, got 0"),
+        ("recipe.stages=[]", "recipe.stages must be one stage or more"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],sampler:magic}]", "recipe.stages.sampler must be one of euler, got 'magic'"),
+        ("recipe.stages=[{sigmas:[0.5,0.7,0.0]}]", "two or more descending levels"),
+        ("recipe.stages=[{size_divisor:2,sigmas:[1.0,0.0]}]", "must be at full size"),
+        ("recipe.stages=[{size_divisor:3,sigmas:[1.0,0.0]}]", "size_divisor must be 1 or 2, got 3"),
+        ("limit=-1", "limit must be 0 or more, got -1"),
+        ("budget_usd=nan", "budget_usd must be a number of dollars"),
+        ("parallel.num_gpus=4", "parallel.num_gpus must be 1, got 4"),
+        ("precision.kernels=fused", "fused kernels do not exist yet"),
+        ("cluster.device=tpu", "cluster.device must be auto, cpu or cuda, got 'tpu'"),
+        ("pricing.gpu.observed_at=may", "observed_at must be a date, got 'may'"),
+        ("ids=a", "ids: must be a list like [a,b]"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(argument: str, message: str) -> None:
+    text = refused(argument)
+    assert message in text and "\n" not in text
+
+
+def test_paths_are_taken_as_they_stand() -> None:
+    odd = "/data/date=2026-11-20/a b/${x}/{1,2}/%20.parquet"
+    job = compose_job(RenderJob, "render", [f"manifest={odd}", f"model.spatial_upscaler={odd}"])
+    assert job.manifest == odd
+    assert job.model.spatial_upscaler == odd
+
+
+def test_the_recipe_takes_its_clip_from_the_model() -> None:
+    assert compose_job(RenderJob, "render", []).recipe.clip.width == 192
+    assert compose_job(RenderJob, "render", ["model=ltx2_19b_distilled"]).recipe.clip.width == 1536
+
+
+def test_a_group_member_and_a_setting_compose() -> None:
+    job = compose_job(RenderJob, "render", ["pricing=lambda_h100", "recipe.encode.crf=23"])
+    assert (job.pricing.gpu.node_usd_per_hour, job.recipe.encode.crf) == (31.92, 23)
+    assert to_plain(job)["recipe"] == to_plain(job.recipe)
+
+
+def test_a_recipe_file_that_says_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a copied recipe would be estimated and rendered as the one it was copied from."""
+    copy = tmp_path / "conf"
+    for source in entry.CONF.rglob("*.yaml"):
+        target = copy / source.relative_to(entry.CONF)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.read_text())
+    (copy / "recipe" / "fast.yaml").write_text((copy / "recipe" / "distilled_two_stage.yaml").read_text())
+    monkeypatch.setattr(entry, "CONF", copy)
+    with pytest.raises(UsageError, match=r"conf/recipe/fast.yaml must say name: fast, got 'distilled_two_stage'"):
+        compose_recipes("render", [])
+
+
+def test_help_shows_settings_as_the_arguments_make_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        compose_job(RenderJob, "render", ["model=ltx2_19b_distilled", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "model.name=ltx2_19b_distilled" in text and "recipe: distilled_two_stage" in text
