@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit check format clean
+.PHONY: help setup demo test test-unit test-gpu check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -33,10 +33,13 @@ demo: setup ## render the sample manifest with the nano model on this machine
 	$(BIN)/python -m jobs.render output=$(DEMO_OUTPUT) $(ARGS)
 
 test: setup ## run the whole CPU test suite, fast tests first
-	$(BIN)/python -m pytest -m "not gpu and not multi_gpu and not long" tests/test_architecture.py tests/unit tests/model tests/engine tests/end_to_end $(ARGS)
+	$(BIN)/python -m pytest -m "not multi_gpu and not long" tests/test_architecture.py tests/unit tests/model tests/engine tests/end_to_end $(ARGS)
 
 test-unit: setup ## run the unit tests only
 	$(BIN)/python -m pytest tests/test_architecture.py tests/unit $(ARGS)
+
+test-gpu: setup ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu tests $(ARGS)
 
 check: setup ## lint, types, architecture
 	$(BIN)/ruff check .

@@ -6,11 +6,13 @@ folder at each call and cannot take a path with `=` in it. Values of path keys a
 
 from __future__ import annotations
 
+import csv
 import difflib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import (
     RecipeConfig,
@@ -33,8 +36,9 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.telemetry import log_to_stderr
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-PATH_KEYS = (
-    "manifest", "output", "report", "run",
+# Taken as they stand, outside Hydra's grammar: paths, and names that only look like numbers.
+VERBATIM_KEYS = (
+    "manifest", "output", "report", "run", "ids", "run_id",
     "model.folder", "model.checkpoint", "model.text_encoder", "model.spatial_upscaler",
 )  # fmt: skip
 FLAGS = ("--help", "-h", "--cfg")
@@ -70,13 +74,17 @@ def run_job(main: Callable[[list[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except PipelineError as error:
-        sys.stderr.write(f"error: {error}\n")
+        with suppress(OSError):
+            sys.stderr.write(f"error: {error}\n")
         code = error.exit_code
+    except BrokenPipeError:
+        code = 0  # whoever read the text has seen enough of it (`| head`)
     except Exception:  # noqa: BLE001 - the contract's exit code for a bug, with its traceback
         traceback.print_exc()
         code = EXIT_BUG
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     # A worker thread that was given up may still be in the middle of a tensor operation: do not wait for it.
     os._exit(code)
 
@@ -97,15 +105,16 @@ class _Hydra:
 
 
 def _composed(schema: type[T], name: str, argv: list[str]) -> T:
-    verbatim = dict(argument.split("=", 1) for argument in argv if argument.split("=", 1)[0] in PATH_KEYS)
-    overrides = [argument for argument in argv if argument.split("=", 1)[0] not in PATH_KEYS and argument not in FLAGS]
-    _check_keys(name, [*overrides, *verbatim])
+    arguments = [argument for argument in argv if argument not in FLAGS]
+    _check_keys(name, arguments)
+    given = [argument.split("=", 1) for argument in arguments]
     try:
-        tree = compose(name, overrides)
-    except HydraException as error:
+        tree = compose(name, [f"{key}={value}" for key, value in given if key not in VERBATIM_KEYS])
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise UsageError(_one_line(error)) from error
-    for key, value in verbatim.items():
-        set_verbatim(tree, key, value)
+    for key, value in given:
+        if key in VERBATIM_KEYS:
+            set_verbatim(tree, key, _ids(value) if key == "ids" else value)
     if {"--help", "-h"} & set(argv):
         _exit_after(_help_text(name, tree))
     if "--cfg" in argv:
@@ -116,17 +125,26 @@ def _composed(schema: type[T], name: str, argv: list[str]) -> T:
     return job
 
 
+def _ids(text: str) -> list[str]:
+    """The ids in `[a,b]` as they stand: Hydra would read 1_0 as 10 and 1e3 as 1000.0. Quote one that has a comma."""
+    if not (text.startswith("[") and text.endswith("]")):
+        raise UsageError(f"ids must be a list like [a,b], got {text!r}; put brackets around it")
+    return next(csv.reader([text[1:-1]], skipinitialspace=True), [])
+
+
 def _check_keys(name: str, arguments: list[str]) -> None:
     """Refuse a misspelt key with the nearest valid one; Hydra's own message names no alternative."""
     valid = [*leaf_keys(compose(name)), *_groups()]
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        if not equals and argument not in PATH_KEYS:
+        key, equals, value = argument.partition("=")
+        if not equals:
             raise UsageError(f"arguments must be key=value, got {argument!r}; see --help")
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise UsageError(f"{key!r} is not a setting of jobs.{name}; {hint}")
+        if not value and key in VERBATIM_KEYS:
+            raise UsageError(f"{key} must not be empty, got {argument!r}; is a shell variable unset?")
 
 
 def _groups() -> Iterator[str]:
@@ -148,8 +166,6 @@ def _one_line(error: Exception) -> str:
         group, _, wrong = first.split("'")[-2].rpartition("/")
         return f"{group} must be one of {', '.join(_members(group))}, got {wrong!r}; see --help"
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    if first.endswith("is not a ListConfig, list or tuple."):
-        first = "must be a list like [a,b]"
     return f"{key}: {first}; see --help" if key else f"{first}; see --help"
 
 

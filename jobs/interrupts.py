@@ -12,13 +12,19 @@ from types import FrameType
 from typing import NoReturn
 
 EXIT_INTERRUPTED = 5
+# A terminal that closes hangs up; `nohup` and shells that start a job in the background have some ignored.
+STOPPING = tuple(
+    signum
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if signal.getsignal(signum) is not signal.SIG_IGN
+)
 
 
 def _nothing_to_save(signum: int, frame: FrameType | None) -> NoReturn:
     name = signal.Signals(signum).name
-    os.write(2, f"interrupted ({name}) before anything was started; the same command starts it\n".encode())
+    os.write(2, f"interrupted ({name}); this command had started no run\n".encode())
     os._exit(EXIT_INTERRUPTED)
 
 
-for _signal in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(_signal, _nothing_to_save)
+for _signum in STOPPING:
+    signal.signal(_signum, _nothing_to_save)

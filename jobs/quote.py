@@ -16,7 +16,7 @@ from pipeline.planning.estimate import quote
 from pipeline.planning.plan import Plan
 from pipeline.storage.filesystem import local_path, write_atomically
 from pipeline.storage.manifest import Manifest
-from pipeline.storage.models import fingerprint
+from pipeline.storage.models import NotStaged, fingerprint
 
 NUM_REJECTIONS_SHOWN = 20
 
@@ -25,7 +25,7 @@ def quote_job(job: RenderJob, recipes: Mapping[str, RecipeConfig]) -> int:
     """Print what `job` would do and cost, write it to `job.report` if that is set; returns 3 if rows are rejected."""
     try:
         model_fingerprint = fingerprint(Path(job.model.folder), job.model.name)
-    except UsageError:
+    except NotStaged:
         # Without its files nothing can be known to be done; the quote is then for all rows, and says so.
         sys.stdout.write(f"model {job.model.name} is not staged here: every valid row counts as still to render\n")
         model_fingerprint = "not staged"
@@ -33,19 +33,25 @@ def quote_job(job: RenderJob, recipes: Mapping[str, RecipeConfig]) -> int:
     facts = _facts(job, manifest, plan)
     sys.stdout.write(_as_text(facts))
     if job.report is not None:
-        write_atomically(local_path(job.report), json.dumps(facts, indent=1).encode())
+        path = local_path(job.report)
+        if not path.parent.is_dir():
+            raise UsageError(f"report must lie in a folder that exists, got {job.report!r}; make {path.parent} first")
+        write_atomically(path, json.dumps(facts, indent=1).encode())
     return 3 if plan.rejected else 0
 
 
 def _facts(job: RenderJob, manifest: Manifest, plan: Plan) -> dict[str, Any]:
     device = worker_device(job)
     price = worker_price(job, device)
-    total = quote([(item.request, item.estimate) for item in plan.to_render], unit_price(price))
+    # Rows with equal keys share one video, so they are paid for once.
+    clips = list({item.key: item for item in plan.to_render}.values())
+    total = quote([(item.request, item.estimate) for item in clips], unit_price(price))
     tflops = job.cluster.assumed_gpu_tflops if device == "cuda" else job.cluster.assumed_cpu_tflops
     return {
         "manifest": manifest.uri,
         "rows": manifest.num_rows,
-        "to_render": len(plan.to_render),
+        "to_render": len(clips),
+        "sharing_a_video": len(plan.to_render) - len(clips),
         "already_there": len(plan.done),
         "rejected": len(plan.rejected),
         "left_out": len(plan.left_out) + len(plan.left_out_rejected),
@@ -66,7 +72,7 @@ def _facts(job: RenderJob, manifest: Manifest, plan: Plan) -> dict[str, Any]:
                 "cost_usd": item.estimate.cost_usd,
                 "tflop": item.estimate.flops / 1e12,
             }
-            for item in plan.to_render
+            for item in clips
         ],
     }
 
@@ -74,7 +80,8 @@ def _facts(job: RenderJob, manifest: Manifest, plan: Plan) -> dict[str, Any]:
 def _as_text(facts: dict[str, Any]) -> str:
     lines = [
         f"manifest {facts['manifest']}: {facts['rows']} rows",
-        f"  to render {facts['to_render']}, already there {facts['already_there']}, rejected {facts['rejected']}, "
+        f"  to render {facts['to_render']} (and {facts['sharing_a_video']} rows that share one of these videos), "
+        f"already there {facts['already_there']}, rejected {facts['rejected']}, "
         f"left out {facts['left_out']}",
     ]
     shown = facts["rejections"][:NUM_REJECTIONS_SHOWN]

@@ -13,11 +13,12 @@ from pathlib import Path
 from types import FrameType
 
 from jobs.entry import RenderJob, compose_job, compose_recipes, run_job
-from jobs.interrupts import EXIT_INTERRUPTED
+from jobs.interrupts import EXIT_INTERRUPTED, STOPPING
 from jobs.quote import quote_job
 from jobs.stage_weights import stage_model
 from pipeline.assembly.driver_side import Run, make_plan
 from pipeline.cluster.driver import StopRequest
+from pipeline.cluster.progress import say
 from pipeline.errors import UsageError
 from pipeline.storage.models import fingerprint
 
@@ -43,16 +44,16 @@ def _staged(job: RenderJob) -> str:
 
 
 def _stop_on_signals() -> StopRequest:
-    """Ask the driver to stop at the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+    """Ask the driver to stop at the first Ctrl-C, SIGTERM or hang-up; a second one ends the process at once."""
     stop = StopRequest()
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if stop.reason is not None:
             os._exit(EXIT_INTERRUPTED)
         stop.reason = f"interrupted ({signal.Signals(signum).name}); the same command goes on from here"
-        sys.stderr.write("\nstopping: what is committed stays, the rest is resumable\n")
+        say(sys.stderr, "\nstopping: what is committed stays, the rest is resumable")
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in STOPPING:
         signal.signal(signum, ask)
     return stop
 

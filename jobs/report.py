@@ -19,14 +19,14 @@ FOLLOW_EVERY_S = 2.0
 def main(argv: list[str]) -> int:
     job = compose_job(ReportJob, "report", argv)
     folder = local_path(job.run)
-    while job.follow:
-        line, exit_code = progress_line(folder)
+    going = job.follow
+    while going:
+        line, going = progress_line(folder)
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
-        rebuild(folder)
-        if exit_code is not None or not line.startswith("running"):
-            break
-        time.sleep(FOLLOW_EVERY_S)
+        if going:
+            rebuild(folder)
+            time.sleep(FOLLOW_EVERY_S)
     sys.stdout.write(rebuild(folder).text + "\n")
     sys.stdout.write(f"report: {folder / 'report.html'}\n")
     return 0

@@ -40,6 +40,13 @@ class ClipDefaults:
     num_frames: int = 121
     fps: float = 24.0
 
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            size = getattr(self, name)
+            _require(size >= 2 and size % 2 == 0, f"clip.{name}", "even and at least 2", size, "use the next even size")
+        _require(self.num_frames % 8 == 1, "clip.num_frames", "8k+1", self.num_frames, "use 121")
+        _require(1 <= self.fps <= 240, "clip.fps", "between 1 and 240", self.fps, "use 24")
+
 
 @dataclass
 class DenoiserSize:
@@ -316,9 +323,13 @@ def from_tree(tree: DictConfig) -> object:
         raise UsageError(f"{error.full_key} {reason}; see --help") from error
 
 
-def set_verbatim(tree: DictConfig, key: str, value: str) -> None:
+def set_verbatim(tree: DictConfig, key: str, value: str | list[str]) -> None:
     """Set `key` to `value` as it stands: no override grammar, no interpolation."""
-    OmegaConf.update(tree, key, value.replace("\\", "\\\\").replace("${", r"\${") if "${" in value else value)
+
+    def escaped(text: str) -> str:
+        return text.replace("\\", "\\\\").replace("${", r"\${") if "${" in text else text
+
+    OmegaConf.update(tree, key, [escaped(part) for part in value] if isinstance(value, list) else escaped(value))
 
 
 def leaf_keys(tree: DictConfig) -> dict[str, object]:

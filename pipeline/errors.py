@@ -51,6 +51,12 @@ class WorkerLost(PipelineError):
     """A worker ended without an answer."""
 
 
+class UnexpectedFailure(PipelineError):
+    """A bug, met where it could still be recorded; its cause carries the traceback."""
+
+    exit_code = 1
+
+
 class Interrupted(PipelineError):
     """The operator or the cluster asked the job to stop; what is committed stays, the rest is resumable."""
 

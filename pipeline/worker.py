@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pipeline.records.outcome import (
 )
 from pipeline.records.work import WorkItem
 from pipeline.storage.assets import AssetStore, Published
+from pipeline.storage.filesystem import storage_error
 
 log = logging.getLogger(__name__)
 
@@ -101,22 +103,29 @@ class ClipWorker:
         stem = scratch / f"{item.key[:12]}.{item.attempt}"
         try:
             return self._render(item, attempt, stem)
+        except OSError as error:
+            return self._failed(attempt, storage_error(error, f"writing the clip of row {item.request.id}"))
         except Exception as error:  # one row's bug must not end the night for the others
-            self.meter.enter("failed", id=item.request.id, attempt=item.attempt)
             if not isinstance(error, PipelineError):
                 log.error("row failed", exc_info=error, extra={"facts": {"id": item.request.id}})
-            return Failed(
-                item=item,
-                error_class=type(error).__name__,
-                error_message=str(error) or traceback.format_exception_only(error)[-1].strip(),
-                fault=fault_of(error),
-                started_ns=attempt.started_ns,
-                finished_ns=self.now_ns(),
-            )
+            return self._failed(attempt, error)
         finally:
             for suffix in (".mp4", ".jpg", ".json"):
-                stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+                with suppress(OSError):  # what cannot be removed now is swept with the run's attempts
+                    stem.with_name(stem.name + suffix).unlink(missing_ok=True)
             self.meter.enter("idle")
+
+    def _failed(self, attempt: _Attempt, error: Exception) -> Failed:
+        item = attempt.item
+        self.meter.enter("failed", id=item.request.id, attempt=item.attempt)
+        return Failed(
+            item=item,
+            error_class=type(error).__name__,
+            error_message=str(error) or traceback.format_exception_only(error)[-1].strip(),
+            fault=fault_of(error),
+            started_ns=attempt.started_ns,
+            finished_ns=self.now_ns(),
+        )
 
     def _render(self, item: WorkItem, attempt: _Attempt, stem: Path) -> Rendered:
         request, clip = item.request, self.recipes[item.request.recipe]
@@ -136,10 +145,10 @@ class ClipWorker:
         attempt.enter("upload")
         published = self.store.publish_video(video, item.file_stem)
         published, facts = self._adopt_if_taken(published, facts, video, item, streams.sample_rate_hz)
-        thumbnail_uri = self.store.publish_thumbnail(thumbnail, item.file_stem).uri
+        poster = self.store.publish_thumbnail(thumbnail, item.file_stem)
         rendered = Rendered(
             item=item,
-            asset=_asset(published.uri, thumbnail_uri, facts),
+            asset=_asset(published.uri, poster.uri, facts),
             timings=attempt.timings(written.encode_busy_s),
             started_ns=attempt.started_ns,
             finished_ns=self.now_ns(),
@@ -147,6 +156,9 @@ class ClipWorker:
         record = commit_record(rendered, self.meter.attempt_entries(), self.facts)
         standing = self.store.commit(item.key, record, scratch=record_scratch)
         if (standing["run_id"], standing["attempt"]) != (self.facts.run_id, item.attempt):
+            if standing["uri"] != published.uri:
+                self.store.discard(published)
+                self.store.discard(poster)
             rendered = _adopting(rendered, standing)
         return replace(rendered, timings=attempt.timings(written.encode_busy_s), finished_ns=self.now_ns())
 

@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.engine": {"pipeline.errors", "pipeline.config", "pipeline.geometry", "pipeline.telemetry",
                         "pipeline.records.request", "kernels.ops", "pipeline.model"},
     "pipeline.worker": {"pipeline.config", "pipeline.records", "pipeline.telemetry", "pipeline.engine.engine",
-                        "pipeline.media", "pipeline.storage.assets", "pipeline.cost.meter", "pipeline.errors"},
+                        "pipeline.media", "pipeline.storage.assets", "pipeline.storage.filesystem",
+                        "pipeline.cost.meter", "pipeline.errors"},
     # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions.
     "pipeline.cluster": {"pipeline.errors", "pipeline.config", "pipeline.telemetry", "pipeline.records",
                          "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.cost.meter"},
@@ -60,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs.quote": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side", "pipeline.cost.pricing",
                    "pipeline.planning", "pipeline.storage"},
     "jobs.render": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side",
-                    "pipeline.cluster.driver", "pipeline.storage.models"},
+                    "pipeline.cluster.driver", "pipeline.cluster.progress", "pipeline.storage.models"},
     "jobs.report": {"pipeline.config", "pipeline.report.rebuild", "pipeline.storage.filesystem"},
     "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.engine.nano"},
 }  # fmt: skip
@@ -78,7 +79,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "fsspec": ("pipeline.storage",),
     "pyarrow": ("pipeline.storage",),
     "hydra": ("jobs",),
-    # jobs.entry names DictConfig for typing only.
+    # jobs.entry names a type and an error of it.
     "omegaconf": ("pipeline.config", "jobs.entry"),
     "ray": (),
 }

@@ -10,6 +10,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ from typing import Any
 from pipeline.cluster.driver import Driver, Ending, StopRequest
 from pipeline.cluster.local_pool import LocalPool
 from pipeline.cluster.pool import Worker
-from pipeline.cluster.progress import Counts, Progress
+from pipeline.cluster.progress import Counts, Progress, say
 from pipeline.config import Price, RecipeConfig, RenderJob, to_plain
 from pipeline.cost.allocation import Allocation, allocate
 from pipeline.cost.meter import Meter, utc_clock
@@ -104,25 +105,30 @@ class Run:
         )
 
     def execute(self) -> int:
-        """Drive the plan to its end and close the books; returns the exit code of the contract."""
+        """Drive the plan to its end and close the books; returns the exit code (README, "The contract")."""
         create_folder(self.output)
         closed = close_dead_runs(self.output, self._now_ns(), self._cost_of, self.run_id)
+        x_values = self.manifest.x_values()
         folder = RunFolder(self.output, self.run_id)
         folder.open(self._run_facts(), self._now_ns())
-        for run_id in closed:
-            folder.log("closed_dead_run", self._now_ns(), run_id=run_id)
-        warning = stale_price_warning(worker_price(self.job, self._device), datetime.now(UTC).date())
-        if warning is not None:
-            sys.stderr.write(f"warning: {warning}\n")
-        sys.stderr.write(
-            f"run {self.run_id}; from another shell: python -m jobs.report run={folder.path} follow=true\n"
-        )
-        early = self._early_rows()
-        for row in early:
-            if row["status"] == "rejected":
-                folder.log("rejected", self._now_ns(), id=row["id"], row=row)
-        ending = self._driver(folder).drive()
-        return self._finish(folder, ending, early)
+        try:
+            say(sys.stderr, f"run {self.run_id}; follow it with: python -m jobs.report run={folder.path} follow=true")
+            for run_id in closed:
+                folder.log("closed_dead_run", self._now_ns(), run_id=run_id)
+            warning = stale_price_warning(worker_price(self.job, self._device), datetime.now(UTC).date())
+            if warning is not None:
+                say(sys.stderr, f"warning: {warning}")
+            early = self._early_rows()
+            for row in early:
+                if row["status"] == "rejected":
+                    folder.log("rejected", self._now_ns(), id=row["id"], row=row)
+            ending = self._driver(folder).drive()
+            return self._finish(folder, ending, early, x_values)
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, PipelineError) else 1
+            with suppress(PipelineError):  # the disk may be what failed
+                folder.update({"state": "failed", "exit_code": code, "finished_at": self._timestamp()})
+            raise
 
     def _driver(self, folder: RunFolder) -> Driver:
         queued_ns = self._now_ns()
@@ -191,32 +197,42 @@ class Run:
             "usd_per_worker_hour": str(self._price.usd_per_hour),
             "config": to_plain(self.job),
             "versions": _versions(),
-            "totals": {"rows": self.manifest.num_rows},
+            # Until the run has ended: what was decided before it started.
+            "totals": {
+                "rows": self.manifest.num_rows,
+                "skipped": len(self.plan.done),
+                "rejected": len(self.plan.rejected),
+                "to_render": len(self.plan.to_render),
+            },
             "workers": [],
         }
 
-    def _finish(self, folder: RunFolder, ending: Ending, early: list[dict[str, Any]]) -> int:
+    def _finish(self, folder: RunFolder, ending: Ending, early: list[dict[str, Any]], x_values: Any) -> int:
         rows = sorted([*early, *ending.rows], key=lambda row: row["row_index"])
         allocation = allocate(ending.entries, ending.rendered_attempts)
         _charge(rows, allocation, set(ending.rendered_attempts))
         code = _exit_code(rows, ending)
+        if folder.fenced:
+            _say_why(ending)
+            return code
         state = "finished" if code in (0, 3) else "stopped"
-        write_results(folder.path / "results", rows, self.manifest.x_columns)
+        write_results(folder.path / "results", rows, x_values)
         folder.log("ended", self._now_ns(), exit_code=code, reason=str(ending.stopped_by or ending.limit_reached or ""))
         folder.update(
             {
                 "state": "interrupted" if isinstance(ending.stopped_by, Interrupted) else state,
                 "exit_code": code,
-                "finished_at": timestamp(self._now_ns()).isoformat(),
+                "finished_at": self._timestamp(),
                 "totals": _totals(rows, allocation, (self._now_ns() - self._started_ns) / NS_PER_S),
             }
         )
         folder.close()
-        summary = rebuild(folder.path)
-        sys.stdout.write(summary.text + "\n")
-        sys.stdout.write(f"report: {folder.path / 'report.html'}\n")
+        say(sys.stdout, f"{rebuild(folder.path).text}\nreport: {folder.path / 'report.html'}")
         _say_why(ending)
         return code
+
+    def _timestamp(self) -> str:
+        return timestamp(self._now_ns()).isoformat()
 
 
 def _charge(rows: list[dict[str, Any]], allocation: Allocation, rendered: set[str]) -> None:
@@ -255,10 +271,11 @@ def _say_why(ending: Ending) -> None:
     error: PipelineError | None = ending.stopped_by
     if error is not None:
         if error.__cause__ is not None and not isinstance(error.__cause__, PipelineError):
-            traceback.print_exception(error.__cause__)
-        sys.stderr.write(f"error: {error}\n")
+            with suppress(OSError):
+                traceback.print_exception(error.__cause__)
+        say(sys.stderr, f"error: {error}")
     elif ending.limit_reached is not None:
-        sys.stderr.write(f"stopped: {ending.limit_reached}; the same command with another limit goes on\n")
+        say(sys.stderr, f"stopped: {ending.limit_reached}; the same command with another limit goes on")
 
 
 def _versions() -> dict[str, str]:

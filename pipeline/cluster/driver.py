@@ -6,14 +6,14 @@ Every decision is a pure function elsewhere (`planning.queue`, `planning.policy`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
 from pipeline.cluster.pool import Finished, Pool, PoolEvent, WorkerBroken
 from pipeline.cluster.progress import Counts, Progress
-from pipeline.errors import Interrupted, PipelineError, UsageError, WorkerLost
+from pipeline.errors import Interrupted, PipelineError, UnexpectedFailure, UsageError
 from pipeline.planning.policy import Admission, AfterFailure, after_failure
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import (
@@ -34,23 +34,14 @@ from pipeline.records.work import WorkItem
 TICK_S = 0.1
 
 
-class Ledger(Protocol):
-    def add(self, entries: Iterable[LedgerEntry]) -> None: ...
-
-    def flush(self, running: Sequence[LedgerEntry] = ()) -> None: ...
-
-
 class RunLog(Protocol):
     """What a driver writes while it runs (`storage.runs.RunFolder`)."""
-
-    @property
-    def ledger(self) -> Ledger: ...
 
     def log(self, event: str, now_ns: int, **facts: Any) -> None: ...
 
     def set_workers(self, seats: list[WorkerSeat]) -> None: ...
 
-    def renew_lease(self, now_ns: int) -> None: ...
+    def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None: ...
 
 
 @dataclass
@@ -90,7 +81,10 @@ class Driver:
     _flushed_s: float = 0.0
 
     def drive(self) -> Ending:
-        """The whole run. Afterwards every worker is released and the ledger is closed."""
+        """The whole run. Afterwards every worker is released and the ledger is closed.
+
+        What stops the run early is in the ending, not raised, so that the books can still be closed.
+        """
         started = False
         try:
             while not self.queue.is_empty and self.ending.stopped_by is None:
@@ -108,6 +102,8 @@ class Driver:
                 self._apply(self.pool.next_event(TICK_S))
                 self._flush_if_due()
                 self._show()
+        except PipelineError as error:
+            self.ending.stopped_by = error
         finally:
             self._close(started)
         return self.ending
@@ -146,13 +142,13 @@ class Driver:
         match event:
             case Finished(outcome):
                 self._settle(outcome)
+                self._flush()
             case WorkerBroken(error):
                 self._lose_worker(error)
             case None:
                 pass
 
     def _settle(self, outcome: Outcome) -> None:
-        self._flush()
         if isinstance(outcome, Rendered):
             self._settle_rendered(outcome)
             return
@@ -197,9 +193,9 @@ class Driver:
         if isinstance(error, PipelineError):
             self.ending.stopped_by = error
             return
-        lost = WorkerLost(f"the worker could not be set up: {type(error).__name__}: {error}")
-        lost.__cause__ = error
-        self.ending.stopped_by = lost
+        bug = UnexpectedFailure(f"the worker could not be set up: {type(error).__name__}: {error}")
+        bug.__cause__ = error
+        self.ending.stopped_by = bug
 
     def _flush_if_due(self) -> None:
         if time.monotonic() - self._flushed_s >= self.flush_every_s:
@@ -209,12 +205,10 @@ class Driver:
         """Write the ledger up to now and renew the lease; what this wrote survives any kill."""
         self._flushed_s = time.monotonic()
         closed, running = self.pool.take_ledger()
-        self._take(closed)
-        self.log.ledger.flush(running)
-        self.log.renew_lease(self.now_ns())
+        self._count(closed)
+        self.log.write_ledger(closed, running, self.now_ns())
 
-    def _take(self, closed: list[LedgerEntry]) -> None:
-        self.log.ledger.add(closed)
+    def _count(self, closed: list[LedgerEntry]) -> None:
         self.ending.entries.extend(closed)
         self.counts.spent_usd += float(sum((entry.cost_usd for entry in closed), Decimal(0)))
 
@@ -225,11 +219,14 @@ class Driver:
     def _close(self, started: bool) -> None:
         """Release the workers and give every row that was not settled its own."""
         if started:
-            abandon = self.ending.stopped_by is not None
-            self.pool.stop(abandon=abandon)
-            self._take(self.pool.take_ledger()[0])
-            self.log.ledger.flush()
-            self.log.set_workers(self.pool.seats())
+            self._settle_what_is_finished()
+            self.pool.stop(abandon=self.ending.stopped_by is not None)
+            try:
+                self._settle_what_is_finished()
+                self._flush()
+                self.log.set_workers(self.pool.seats())
+            except PipelineError as error:
+                self.ending.stopped_by = self.ending.stopped_by or error
         in_flight = {item.key for item in self.queue.in_flight}
         for item in self.queue.unfinished():
             row = item_row(item, self.facts, status="not_started")
@@ -237,3 +234,12 @@ class Driver:
             self.ending.rows.append(row)
         self.counts.num_running = 0
         self.progress.show(self.counts, last=True)
+
+    def _settle_what_is_finished(self) -> None:
+        """A clip that was committed between the last look and the stop is rendered, not given up."""
+        try:
+            while (event := self.pool.next_event(0)) is not None:
+                if isinstance(event, Finished) and isinstance(event.outcome, Rendered):
+                    self._settle(event.outcome)
+        except PipelineError as error:
+            self.ending.stopped_by = self.ending.stopped_by or error

@@ -46,7 +46,7 @@ class LocalPool:
 
     def next_event(self, timeout_s: float) -> PoolEvent | None:
         try:
-            event = self._events.get(timeout=timeout_s)
+            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
         except queue.Empty:
             return None
         self._busy = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -56,12 +57,20 @@ class Progress:
             return
         self._shown_s = now_s
         line = counts.line(now_s)
-        if self._terminal:
+        if not self._terminal:
+            say(self._stream, line)
+            return
+        with suppress(OSError):
             # Clear to the end of the line: a shorter line must not keep the tail of a longer one.
             self._stream.write(f"\r{line}\x1b[K" + ("\n" if last else ""))
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+            self._stream.flush()
+
+
+def say(stream: TextIO, line: str) -> None:
+    """Write one line for a person. Nobody reading any more (`| head`, a tee that died) must not end a night's run."""
+    with suppress(OSError):
+        stream.write(line + "\n")
+        stream.flush()
 
 
 def _duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,26 +131,22 @@ the camera flies between tall buildings at sunset, orange clouds reflected in gl
 
 
 def build_nano(folder: Path) -> None:
-    """Write the nano model's three parts into `folder`, replacing what is there. The same bytes every time.
+    """Write the parts of the nano model that `folder` lacks; what is there is never touched. The same bytes every time.
 
-    The folder appears whole or not at all; of two builders at once, one wins and the other's work is dropped.
+    Each part appears whole or not at all; of two builders at once, one wins each part.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    new = staging / "new"
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".nano-", dir=folder))
     try:
         metadata = {"config": json.dumps(CONFIG), "model_version": "2.0.0"}
-        _write_safetensors(new / CHECKPOINT, _drawn(_checkpoint_shapes(), seed=SEED), metadata)
+        _write_safetensors(staging / CHECKPOINT, _drawn(_checkpoint_shapes(), seed=SEED), metadata)
         upscaler = _drawn(_shapes(components.latent_upsampler_blueprint(UPSCALER_CONFIG)), seed=SEED + 1)
-        _write_safetensors(new / SPATIAL_UPSCALER, upscaler, {"config": json.dumps(UPSCALER_CONFIG)})
-        _write_text_encoder(new / TEXT_ENCODER)
-        if folder.exists():
-            folder.rename(staging / "old")
-        try:
-            new.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        _write_safetensors(staging / SPATIAL_UPSCALER, upscaler, {"config": json.dumps(UPSCALER_CONFIG)})
+        _write_text_encoder(staging / TEXT_ENCODER)
+        for name in (CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER):
+            if not (folder / name).exists():
+                with suppress(FileExistsError, NotADirectoryError):  # another builder was first
+                    (staging / name).rename(folder / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -75,4 +75,4 @@ def _with_twins(
 def _columns_of(request: RenderRequest) -> dict[str, Any]:
     names = ("id", "prompt", "seed", "width", "height", "num_frames", "fps", "recipe")
     columns: dict[str, Any] = {name: getattr(request, name) for name in names}
-    return {**columns, "tags": dict(request.tags), **dict(request.extras)}
+    return {**columns, "tags": dict(request.tags)}

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from pipeline.records.request import RenderRequest
+from pipeline.records.request import RenderRequest, tag_pairs
 from pipeline.records.work import WorkItem
 
 SCHEMA_VERSION = 1
@@ -180,7 +180,6 @@ def request_row(request: RenderRequest, facts: RunFacts, *, status: str) -> dict
         "cost_loaded_usd": 0.0,
         "gpu_seconds": 0.0,
         "tags": dict(request.tags),
-        **dict(request.extras),
     }
 
 
@@ -251,8 +250,7 @@ def rejected_row(row: Mapping[str, Any], row_index: int, message: str, facts: Ru
         "cost_usd": 0.0,
         "cost_loaded_usd": 0.0,
         "gpu_seconds": 0.0,
-        "tags": dict(row.get("tags") or {}),
-        **{name: value for name, value in row.items() if name.startswith("x_")},
+        "tags": dict(tag_pairs(row.get("tags"))),
     }
 
 

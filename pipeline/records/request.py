@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any
 
 from pipeline.errors import InvalidRequest
@@ -41,7 +42,9 @@ TASK_COLUMNS = (
 )
 INT64_RANGE = range(-(2**63), 2**63)
 INT32_RANGE = range(-(2**31), 2**31)
+MIN_FPS = 1.0
 MAX_FPS = 240.0
+USUAL_FPS = 24.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class RenderRequest:
-    """One clip to render, every field resolved. `extras` holds the manifest's `x_` columns."""
+    """One clip to render, every field resolved."""
 
     id: str
     row_index: int
@@ -81,7 +84,6 @@ class RenderRequest:
     grid_px: int
     priority: int = 0
     tags: tuple[tuple[str, str], ...] = ()
-    extras: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
 
     @property
     def duration_s(self) -> float:
@@ -94,7 +96,7 @@ class RenderRequest:
     def pixel_content(self) -> dict[str, Any]:
         """Everything of the request that changes pixels or sound, for the content key (README, "The contract")."""
         content = asdict(self)
-        for name in ("id", "row_index", "priority", "tags", "extras", "recipe", "grid_px"):
+        for name in ("id", "row_index", "priority", "tags", "recipe", "grid_px"):
             del content[name]
         return content
 
@@ -144,22 +146,22 @@ def parse_request(
         grid_px=rules.grid_px,
         priority=priority or 0,
         tags=tag_pairs(row.get("tags")),
-        extras=tuple((name, value) for name, value in row.items() if name.startswith("x_")),
     )
 
 
 def tag_pairs(tags: Any) -> tuple[tuple[str, str], ...]:
     """Tags as sorted pairs. Parquet gives a map as a list of pairs, a struct as a dict; null values are left out."""
     items = tags.items() if isinstance(tags, Mapping) else tags or ()
-    return tuple(sorted((name, str(value)) for name, value in items if value is not None))
+    return tuple(sorted((str(name), str(value)) for name, value in items if value is not None))
 
 
 def _whole(row: Mapping[str, Any], name: str, bounds: range, problems: list[str]) -> int | None:
-    """A whole number of the row, or None. A column of doubles is fine as long as its values are whole."""
+    """A whole number of the row, or None. A column of doubles or decimals is fine as long as its values are whole."""
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, float) and not value.is_integer():  # also NaN and the infinities
+    # NaN is unequal to itself, and infinity leaves NaN behind: neither is whole.
+    if isinstance(value, float | Decimal) and value % 1 != 0:
         problems.append(f"{name} must be a whole number, got {value}; leave it empty for the default")
         return None
     if int(value) not in bounds:
@@ -193,7 +195,7 @@ def _side_of(row: Mapping[str, Any], name: str, rules: RecipeRules, limits: Requ
     default: int = getattr(rules, name)
     size = _whole(row, name, INT64_RANGE, problems)
     if size is None:
-        return default
+        size = default
     if size < 2 or size % 2:
         problems.append(f"{name} must be even and at least 2, got {size}; use {max(2, size + size % 2)}")
     elif size > limits.max_side_px:
@@ -218,26 +220,26 @@ def _timing_of(
         below, above = nearest_frame_counts(num_frames)
         use = f"{below} or {above}" if num_frames > 0 else f"{below}"
         problems.append(f"num_frames must be 8k+1, got {num_frames}; use {use}")
-    if fps > MAX_FPS:
-        problems.append(f"fps must be at most {MAX_FPS:g}, got {fps:g}; use {rules.fps:g}")
+    if not MIN_FPS <= fps <= MAX_FPS:
+        problems.append(f"fps must be between {MIN_FPS:g} and {MAX_FPS:g}, got {fps:g}; use {rules.fps:g}")
     if len(problems) > before:
         return rules.num_frames, rules.fps
-    asked_s = duration_s if duration_s is not None else (num_frames or rules.num_frames) / fps
-    # A duration is rounded up to the frame grid, so a clip may outlast the limit by less than one cell of frames.
-    if asked_s > limits.max_duration_s + (0 if duration_s is not None else TEMPORAL_CELL_FRAMES / fps):
-        name = "duration_s" if duration_s is not None else "num_frames / fps"
-        problems.append(
-            f"{name} must be at most {limits.max_duration_s:g} s, got {asked_s:g}; raise limits.max_duration_s"
-        )
-        return rules.num_frames, fps
     frames = num_frames or rules.num_frames
     if duration_s is not None:
-        frames = frames_for_duration(duration_s, fps)
+        # Beyond the limit the exact count does not matter, and the largest doubles have none.
+        frames = frames_for_duration(min(duration_s, 10 * limits.max_duration_s), fps)
         if num_frames is not None and num_frames != frames:
             problems.append(
                 f"num_frames and duration_s must agree, got num_frames {num_frames} and {duration_s:g} s at "
                 f"{fps:g} fps, which is {frames} frames; give one of them"
             )
+    # A duration is rounded up to the frame grid: a clip may outlast the limit by a cell of frames at a usual rate.
+    if frames / fps > limits.max_duration_s + TEMPORAL_CELL_FRAMES / USUAL_FPS:
+        asked = f"{duration_s:g} s" if duration_s is not None else f"{frames} frames at {fps:g} fps"
+        problems.append(
+            f"a clip must last at most {limits.max_duration_s:g} s, got {asked}; raise limits.max_duration_s"
+        )
+        return rules.num_frames, fps
     if num_audio_latents(frames, fps) < 1:
         problems.append(
             f"a clip must be long enough for one sound latent (0.02 s), got {frames} frames at {fps:g} fps; add frames"
@@ -246,6 +248,13 @@ def _timing_of(
 
 
 def _unsupported_tasks(row: Mapping[str, Any], recipe: str) -> list[str]:
-    """A filled-in column that the recipe cannot honour is an error, never ignored. Empty and false ask for nothing."""
-    asked = [name for name in TASK_COLUMNS if row.get(name) is not False and row.get(name) not in (None, "", [], {})]
+    """A filled-in column that the recipe cannot honour is an error, never ignored."""
+    asked = [name for name in TASK_COLUMNS if _asks_for_something(row.get(name))]
     return [f"{name} is not supported by recipe {recipe}, got {row[name]!r}; leave the column empty" for name in asked]
+
+
+def _asks_for_something(value: Any) -> bool:
+    """False for null, false, an empty text or list, and a struct of nothing else."""
+    if isinstance(value, Mapping):
+        return any(_asks_for_something(part) for part in value.values())
+    return value is not None and value is not False and value not in ("", [])

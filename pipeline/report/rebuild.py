@@ -5,16 +5,17 @@ A run that ended has its results table; for one that did not, rows come from its
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.report.page import render_page
-from pipeline.report.summary import RunSummary, as_text, summarise
+from pipeline.report.summary import STATUSES, RunSummary, as_text, summarise
 from pipeline.storage.filesystem import write_atomically
-from pipeline.storage.runs import read_events, read_run
-from pipeline.storage.tables import read_ledger, read_rows
+from pipeline.storage.runs import is_running, read_events, read_run
+from pipeline.storage.tables import RESULTS_SCHEMA, read_ledger, read_rows
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,26 @@ class Rebuilt:
 
 def rebuild(run_folder: Path) -> Rebuilt:
     """Read a run's tables and write its `report.html`; UsageError if `run_folder` is not a run's folder."""
-    run = read_run(run_folder)
-    results = read_rows(run_folder / "results") or _rows_from_events(run_folder)
+    run = read_current(run_folder)
+    results = read_rows(run_folder / "results", columns=RESULTS_SCHEMA.names)
     ledger = [asdict(entry) | {"gpu_seconds": entry.gpu_seconds} for entry in read_ledger(run_folder / "ledger")]
-    summary = summarise(results, ledger, run)
+    if results:
+        summary = summarise(results, ledger, run)
+    else:
+        results = _rows_from_events(run_folder)
+        summary = summarise(results, ledger, run)
+        summary = replace(summary, status_counts=_counts(run, results))
     page = render_page(run, summary, results, ledger)
     write_atomically(run_folder / "report.html", page.encode())
     return Rebuilt(run, summary, as_text(summary))
+
+
+def read_current(run_folder: Path) -> dict[str, Any]:
+    """`run.json`; a run whose driver died without a word is `lost`, though its file still says `running`."""
+    run = read_run(run_folder)
+    if run["state"] == "running" and not is_running(run_folder, time.time_ns()):
+        run["state"] = "lost"
+    return run
 
 
 def _rows_from_events(run_folder: Path) -> list[dict[str, Any]]:
@@ -42,10 +56,20 @@ def _rows_from_events(run_folder: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["row_index"])
 
 
-def progress_line(run_folder: Path) -> tuple[str, int | None]:
-    """How a run is going, in a line, and its exit code once it has one."""
-    run = read_run(run_folder)
-    counts = Counter(row["status"] for row in _rows_from_events(run_folder))
-    parts = [f"{run['state']}: {run['totals'].get('rows', '?')} rows"]
-    parts += [f"{status} {number}" for status, number in sorted(counts.items())]
-    return "  ".join(parts), run.get("exit_code")
+def _counts(run: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, int]:
+    """Rows by status of a run without results: what happened since, and what was known when it started."""
+    counts = Counter(row["status"] for row in results)
+    totals = run["totals"]
+    if "not_started" not in totals:
+        counts["skipped"] += totals["skipped"]
+        counts["not_started"] = totals["rows"] - counts.total()
+    return {status: counts[status] for status in STATUSES}
+
+
+def progress_line(run_folder: Path) -> tuple[str, bool]:
+    """How a run is going, in a line, and whether it still goes."""
+    run = read_current(run_folder)
+    counts = _counts(run, _rows_from_events(run_folder))
+    parts = [f"{run['state']}: {run['totals']['rows']} rows"]
+    parts += [f"{status} {number}" for status, number in counts.items() if number]
+    return "  ".join(parts), run["state"] == "running"

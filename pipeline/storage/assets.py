@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from pipeline.errors import StorageUnavailable
-from pipeline.storage.filesystem import create_bytes_if_absent, create_if_absent, storage_error
+from pipeline.errors import UsageError
+from pipeline.storage.filesystem import create_bytes_if_absent, create_if_absent, storage_error, write_atomically
+
+# What a record must hold for its clip to count.
+_RECORD_FIELDS = {"key", "run_id", "attempt", "uri", "thumbnail_uri", "sha256", "size_bytes"}
 
 
 @dataclass(frozen=True)
@@ -51,41 +57,64 @@ class AssetStore:
             raise storage_error(error, f"replacing {published.path}") from error
         return _facts(published.path, created=True)
 
+    def discard(self, published: Published) -> None:
+        """Remove a file that this writer created and that no record will name."""
+        if published.created:
+            published.path.unlink(missing_ok=True)
+
     def commit(self, key: str, record: Mapping[str, Any], *, scratch: Path) -> dict[str, Any]:
-        """Create the commit record of `key` if there is none; returns the record that stands, ours or the winner's."""
+        """Create the commit record of `key` if there is none; returns the record that stands, ours or the winner's.
+
+        A record that cannot be read is moved aside, and one whose video is gone or is no longer the one it names is
+        replaced: neither says where a whole clip is.
+        """
         path = self.record_path(key)
-        content = json.dumps(record, sort_keys=True, ensure_ascii=False, indent=1).encode()
-        if create_bytes_if_absent(path, content, scratch=scratch):
-            return dict(record)
-        winner = self.record(key)
-        if winner is None:
-            raise StorageUnavailable(f"commit record {path} exists but cannot be read; remove it to render again")
-        return winner
+        content = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1).encode()
+        while not create_bytes_if_absent(path, content, scratch=scratch):
+            winner = self.record(key)
+            if winner is None:
+                with suppress(FileNotFoundError):
+                    path.replace(path.with_suffix(".unreadable"))
+            elif self._stands(winner, record):
+                return winner
+            else:
+                write_atomically(path, content)
+                break
+        return dict(record)
+
+    def _stands(self, winner: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+        """If the winner's video is there: by its hash if it is the file that ours names too, else by its size."""
+        if winner["uri"] == ours["uri"]:
+            return bool(winner["sha256"] == ours["sha256"])
+        video = self.root / "videos" / _name_of(winner["uri"])
+        return video.is_file() and video.stat().st_size == winner["size_bytes"]
 
     def record_path(self, key: str) -> Path:
         return self.root / "commits" / f"{key}.json"
 
     def record(self, key: str) -> dict[str, Any] | None:
-        """The commit record of `key`, or None if there is none."""
+        """The commit record of `key`, its URIs as the output lies now; None if there is none that can be read."""
         try:
             record = json.loads(self.record_path(key).read_bytes())
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError):
             return None
-        return record if isinstance(record, dict) and record.get("key") == key else None
+        if not isinstance(record, dict) or record.get("key") != key or not record.keys() >= _RECORD_FIELDS:
+            return None
+        for name, folder in (("uri", "videos"), ("thumbnail_uri", "thumbnails")):
+            record[name] = (self.root / folder / _name_of(record[name])).as_uri()
+        return record
 
     def committed(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The records of those `keys` that are done: the record is there and so is its video, whole.
 
         Two listings and one read for each done key; a key that is not done costs nothing.
         """
-        present = {path.stem for path in _listing(self.root / "commits") if path.suffix == ".json"}
-        sizes = {path.name: path.stat().st_size for path in _listing(self.root / "videos")}
+        present = {name.removesuffix(".json") for name in _sizes(self.root / "commits") if name.endswith(".json")}
+        sizes = _sizes(self.root / "videos")
         done = {}
         for key in set(keys) & present:
             record = self.record(key)
-            if record is not None and sizes.get(Path(str(record["uri"])).name) == record["size_bytes"]:
+            if record is not None and sizes.get(_name_of(record["uri"])) == record["size_bytes"]:
                 done[key] = record
         return done
 
@@ -103,5 +132,22 @@ def _facts(path: Path, *, created: bool) -> Published:
         raise storage_error(error, f"reading back {path}") from error
 
 
-def _listing(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+def _name_of(uri: str) -> str:
+    return unquote(uri.rpartition("/")[2])
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """File name -> size in bytes; empty if there is no such folder. Files that vanish meanwhile are left out."""
+    sizes: dict[str, int] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    sizes[entry.name] = entry.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except PermissionError as error:
+        raise UsageError(f"output must be readable, got {folder}: {error.strerror}; choose another output=") from error
+    except OSError as error:
+        raise storage_error(error, f"listing {folder}") from error
+    return sizes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -50,10 +51,10 @@ def expand(uri: str, *, suffix: str, what: str) -> list[str]:
     Inside a folder, names that begin with `_` or `.` are skipped, as readers of Parquet data sets do.
     """
     try:
-        # A file URI is percent-encoded, which fsspec does not undo; a plain path is taken as it stands.
-        fs, path = url_to_fs(str(local_path(uri)) if is_local(uri) else uri)
+        fs, path = _filesystem_of(uri)
         if glob.has_magic(path) and not fs.exists(path):
-            found = [str(p) for p in fs.glob(path) if str(p).endswith(suffix)]
+            fixed = path[: re.search(r"[*?[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
+            found = [str(p) for p in fs.glob(path) if str(p).endswith(suffix) and not _is_hidden(str(p)[len(fixed) :])]
         elif fs.isdir(path):
             found = [p for p in fs.find(path) if p.endswith(suffix) and not _is_hidden(p[len(path) :])]
         elif fs.exists(path):
@@ -67,6 +68,18 @@ def expand(uri: str, *, suffix: str, what: str) -> list[str]:
     return sorted(found) if is_local(uri) else [fs.unstrip_protocol(p) for p in sorted(found)]
 
 
+def _filesystem_of(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of `uri` and the path in it.
+
+    A local path goes straight to the local one: `::` in it would mean a chain to fsspec, and a file URI is
+    percent-encoded, which fsspec does not undo.
+    """
+    if is_local(uri):
+        return fsspec.filesystem("file"), str(local_path(uri))
+    fs, path = url_to_fs(uri)
+    return fs, str(path)
+
+
 def _is_hidden(relative: str) -> bool:
     return any(part.startswith(("_", ".")) for part in relative.strip("/").split("/"))
 
@@ -75,7 +88,8 @@ def _is_hidden(relative: str) -> bool:
 def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
     """Open `uri` for reading bytes; UsageError if that is not possible."""
     try:
-        stream: Any = fsspec.open(uri, "rb").open()
+        fs, path = _filesystem_of(uri)
+        stream: Any = fs.open(path, "rb")
     except OSError as error:
         raise UsageError(f"{uri} must be readable, got: {error}; check the path and its permissions") from error
     with stream:

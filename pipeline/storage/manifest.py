@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "stg_scale": ("double", _is_number),
     "recipe": ("string", _is_text),
     "priority": ("int32", _is_number),
-    "tags": ("map<string, string>", lambda t: _is_record(t) or _is_list(t)),
+    "tags": ("map<string, string>", _is_record),
 }
 
 
@@ -74,14 +75,40 @@ class Manifest:
     files: tuple[str, ...]
     num_rows: int
     sha256: str
-    x_columns: dict[str, pa.DataType]
+    x_columns: tuple[pa.Field, ...]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows in order: files by sorted path, rows as stored. Hive partition columns never appear."""
+        """The rows in order, without `x_` columns: files by sorted path, rows as stored. UsageError if one is torn."""
         for file in self.files:
-            with open_for_reading(file) as stream:
-                for batch in pq.ParquetFile(stream).iter_batches(BATCH_ROWS):
-                    yield from _plain(batch).to_pylist()
+            with open_for_reading(file) as stream, _readable(file):
+                parquet = pq.ParquetFile(stream)
+                known = [name for name in parquet.schema_arrow.names if name in COLUMNS]
+                for batch in parquet.iter_batches(BATCH_ROWS, columns=known):
+                    yield from _plain(batch).to_pylist(maps_as_pydicts=None)
+
+    def x_values(self) -> pa.Table:
+        """The `x_` columns of all rows, as stored: they are carried through and never looked at."""
+        schema = pa.schema(self.x_columns)
+        tables = []
+        for file in self.files:
+            with open_for_reading(file) as stream, _readable(file):
+                parquet = pq.ParquetFile(stream)
+                present = [name for name in schema.names if name in parquet.schema_arrow.names]
+                table = parquet.read(present)
+                for field in schema:
+                    if field.name not in present:
+                        table = table.append_column(field, pa.nulls(parquet.metadata.num_rows, field.type))
+                tables.append(table.select(schema.names))
+        return pa.concat_tables(tables) if schema.names else pa.table({})
+
+
+@contextmanager
+def _readable(file: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"manifest {file} must be readable to its end, got: {reason}; write it again") from error
 
 
 def open_manifest(uri: str) -> Manifest:
@@ -89,7 +116,7 @@ def open_manifest(uri: str) -> Manifest:
     files = expand(uri, suffix=".parquet", what="manifest")
     digest = hashlib.sha256()
     num_rows = 0
-    x_columns: dict[str, pa.DataType] = {}
+    x_columns: dict[str, pa.Field] = {}
     for file in files:
         with open_for_reading(file) as stream:
             while block := stream.read(1 << 20):
@@ -103,16 +130,21 @@ def open_manifest(uri: str) -> Manifest:
             _check_columns(file, parquet.schema_arrow)
             num_rows += parquet.metadata.num_rows
             for column in parquet.schema_arrow:
-                if column.name.startswith("x_") and x_columns.setdefault(column.name, column.type) != column.type:
-                    raise UsageError(
-                        f"manifest column {column.name} must have one type in all files, got {x_columns[column.name]} "
-                        f"and {column.type} in {file}; write the files with one schema"
-                    )
-    return Manifest(uri, tuple(files), num_rows, digest.hexdigest(), x_columns)
+                if column.name.startswith("x_"):
+                    first = x_columns.setdefault(column.name, column.remove_metadata().with_nullable(True))
+                    if first.type != column.type:
+                        raise UsageError(
+                            f"manifest column {column.name} must have one type in all files, got {first.type} "
+                            f"and {column.type} in {file}; write the files with one schema"
+                        )
+    return Manifest(uri, tuple(files), num_rows, digest.hexdigest(), tuple(x_columns.values()))
 
 
 def _check_columns(file: str, schema: pa.Schema) -> None:
     names = schema.names
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"manifest columns must have different names, got {name} twice in {file}; rename one")
     for name in REQUIRED:
         if name not in names:
             raise UsageError(f"manifest must have a column {name}, got {', '.join(names) or 'none'} in {file}; add it")
@@ -132,14 +164,14 @@ def _check_columns(file: str, schema: pa.Schema) -> None:
 
 
 def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Float32 as the double a person wrote: 29.97 would otherwise read back as 29.969999. Decimals as doubles."""
+    """Float32 as the double a person wrote: 29.97 would otherwise read back as 29.969999."""
     columns = []
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+    for column in batch.columns:
         if pt.is_dictionary(column.type):
             column = column.dictionary_decode()
-        if name in COLUMNS and pt.is_float32(column.type):
+        if pt.is_float32(column.type):
             column = column.cast(pa.string()).cast(pa.float64())
-        elif name in COLUMNS and (pt.is_decimal(column.type) or pt.is_float16(column.type)):
+        elif pt.is_float16(column.type):
             column = column.cast(pa.float64())
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)

@@ -14,6 +14,11 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.storage.filesystem import write_atomically
 
+
+class NotStaged(UsageError):
+    """A model whose files were not hashed here yet."""
+
+
 SIDECAR = "fingerprint.{model}.json"
 
 
@@ -54,7 +59,7 @@ def fingerprint(folder: Path, model: str) -> str:
     try:
         sidecar: dict[str, Any] = json.loads(sidecar_path(folder, model).read_bytes())
     except FileNotFoundError as error:
-        raise UsageError(f"model {model} must be staged, got no {sidecar_path(folder, model)}; {way_out}") from error
+        raise NotStaged(f"model {model} must be staged, got no {sidecar_path(folder, model)}; {way_out}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{sidecar_path(folder, model)} must be readable JSON, got: {error}; {way_out}") from error
     changed = [

@@ -6,58 +6,74 @@ ledger; on the same machine a driver that is gone is recognised at once, elsewhe
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, WorkerLost
 from pipeline.records.outcome import NS_PER_S, LedgerEntry, WorkerSeat
 from pipeline.storage.filesystem import create_bytes_if_absent, create_folder, storage_error, write_atomically
 from pipeline.storage.tables import LedgerTable, read_ledger, write_ledger_file
 
 LEASE_S = 30
+# In a run's folder once another driver has closed it.
+CLOSED = "closed.json"
 # How often a driver writes its ledger and renews its lease. A kill loses at most this much of the ledger.
 FLUSH_EVERY_S = 2.0
 
 
 class RunFolder:
-    """The files of one run, written by the one driver that holds its lease."""
+    """The files of one run, written by the one driver that holds its lease.
+
+    A driver that was found dead (suspended for longer than its lease, say) is fenced: its run was closed by another,
+    so it writes nothing more and `write_ledger` raises.
+    """
 
     def __init__(self, output: Path, run_id: str) -> None:
         self.run_id = run_id
         self.path = output / "runs" / run_id
         self.attempts = output / "_attempts" / run_id
+        self.fenced = False
         self._facts: dict[str, Any] = {}
         self._events: IO[str] | None = None
+        self._ledger: LedgerTable | None = None
 
     def open(self, facts: Mapping[str, Any], now_ns: int) -> None:
-        """Claim the run id and write `run.json`; UsageError if the id is taken or the output cannot be written."""
+        """Claim the run id and write `run.json`; UsageError if the id is taken or the output cannot be written.
+
+        Lease and run folder each appear whole, the lease first: whatever is killed in between can be swept.
+        """
         create_folder(self.path.parent)
-        create_folder(self.attempts.parent)
+        taken = UsageError(f"run_id must be new, got {self.run_id!r}, which exists; leave run_id= out")
+        if self.path.exists():
+            raise taken
         try:
-            self.attempts.mkdir(exist_ok=True)
-            self.path.mkdir()
-        except FileExistsError as error:
-            raise UsageError(f"run_id must be new, got {self.run_id!r}, which exists; leave run_id= out") from error
+            if not _appear(self.attempts, {"lease.json": json.dumps(_lease(now_ns))}):
+                raise taken
+            self._facts = dict(facts)
+            if not _appear(self.path, {"run.json": _as_json(self._facts)}):
+                remove_attempts(self.attempts)
+                raise taken
+            (self.path / "events").mkdir()
+            self._events = (self.path / "events" / "driver.jsonl").open("a", encoding="utf-8")
+            self._ledger = LedgerTable(self.path / "ledger")
         except OSError as error:
             raise storage_error(error, f"creating {self.path}") from error
-        self.renew_lease(now_ns)
-        self.update(facts)
-        events = self.path / "events"
-        events.mkdir()
-        self._events = (events / "driver.jsonl").open("a", encoding="utf-8")
-        self.ledger = LedgerTable(self.path / "ledger")
 
     def update(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into `run.json`."""
         self._facts.update(facts)
-        write_atomically(self.path / "run.json", json.dumps(self._facts, indent=1, default=str).encode())
+        if not self.fenced:
+            write_atomically(self.path / "run.json", _as_json(self._facts).encode())
 
     def set_workers(self, seats: list[WorkerSeat]) -> None:
         self.update({"workers": [asdict(seat) for seat in seats]})
@@ -65,22 +81,66 @@ class RunFolder:
     def log(self, event: str, now_ns: int, **facts: Any) -> None:
         """Append one line to the event log. Each line is written at once: a kill loses none that was logged."""
         assert self._events is not None
-        line = json.dumps({"at_ns": now_ns, "event": event, **facts}, default=str, ensure_ascii=False)
         try:
-            self._events.write(line + "\n")
+            self._events.write(_as_json({"at_ns": now_ns, "event": event, **facts}, indent=None) + "\n")
             self._events.flush()
         except OSError as error:
             raise storage_error(error, "writing the event log") from error
 
-    def renew_lease(self, now_ns: int) -> None:
-        lease = {"renewed_ns": now_ns, "expires_ns": now_ns + LEASE_S * NS_PER_S, **_identity()}
-        write_atomically(self.attempts / "lease.json", json.dumps(lease).encode())
+    def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None:
+        """Make all entries so far readable and renew the lease; WorkerLost if another driver has closed this run."""
+        assert self._ledger is not None
+        if self.fenced:
+            return
+        if (self.path / CLOSED).exists():
+            self.fenced = True
+            raise WorkerLost(
+                f"run {self.run_id} was found dead and closed by another driver while it stood still; what it "
+                "committed stays, the same command goes on"
+            )
+        self._ledger.add(closed)
+        self._ledger.flush(running)
+        write_atomically(self.attempts / "lease.json", json.dumps(_lease(now_ns)).encode())
 
     def close(self) -> None:
         """Give the lease back and remove what is left of this run's attempts."""
         if self._events is not None:
             self._events.close()
         remove_attempts(self.attempts)
+
+
+def _appear(folder: Path, files: Mapping[str, str]) -> bool:
+    """Create `folder` with `files` in it, all at once; False if it exists."""
+    for _ in range(100):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            temporary.chmod(0o755)
+            for name, text in files.items():
+                (temporary / name).write_text(text)
+            temporary.rename(folder)
+        except FileNotFoundError:
+            continue  # another run has just removed the parent, which it found empty
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                return False
+            raise
+        return True
+    raise OSError(errno.ENOENT, f"{folder.parent} keeps vanishing")
+
+
+def _as_json(value: Any, indent: int | None = 1) -> str:
+    """JSON that any reader takes: a number that is not finite becomes null, what JSON has no form for becomes text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=indent, default=str, ensure_ascii=False, allow_nan=False)
 
 
 def read_run(run_folder: Path) -> dict[str, Any]:
@@ -114,12 +174,20 @@ def close_dead_runs(output: Path, now_ns: int, cost_of: Callable[[str, int], Any
     """Close every run whose lease has expired: its ledger's tail as `unknown`, its `run.json`, its attempts.
 
     `cost_of(price_id, duration_ns)` prices the tail. Returns the ids of the runs closed. Two drivers may do this at
-    the same time: the tail has one name, created if absent.
+    the same time: both write the same files.
     """
     closed = []
     for attempts in sorted((output / "_attempts").glob("*")):
+        if attempts.name == closed_by:
+            continue
+        if attempts.name.startswith("."):
+            # A driver was killed while it made its lease; one that is making it now is given its time.
+            with suppress(OSError):
+                if now_ns - attempts.stat().st_mtime_ns > LEASE_S * NS_PER_S:
+                    shutil.rmtree(attempts, ignore_errors=True)
+            continue
         lease = _read_lease(attempts)
-        if attempts.name == closed_by or (lease is not None and _is_alive(lease, now_ns)):
+        if lease is not None and _is_alive(lease, now_ns):
             continue
         run_folder = output / "runs" / attempts.name
         if (run_folder / "run.json").exists():
@@ -127,6 +195,12 @@ def close_dead_runs(output: Path, now_ns: int, cost_of: Callable[[str, int], Any
             closed.append(attempts.name)
         remove_attempts(attempts)
     return closed
+
+
+def is_running(run_folder: Path, now_ns: int) -> bool:
+    """If the driver of this run still lives, by its lease."""
+    lease = _read_lease(run_folder.parent.parent / "_attempts" / run_folder.name)
+    return lease is not None and _is_alive(lease, now_ns)
 
 
 def _close_run(
@@ -143,7 +217,13 @@ def _close_run(
     now_ns = _claimed_ns(run_folder, now_ns, closed_by)
     # The driver died between its last flush and the next one that did not come.
     seen_ns = int(lease["renewed_ns"]) if lease is not None else 0
-    ledger = [entry for entry in read_ledger(run_folder / "ledger") if entry.state != "unknown"]
+    try:
+        ledger = [entry for entry in read_ledger(run_folder / "ledger") if entry.state != "unknown"]
+    except UsageError as error:
+        # An unreadable table (a power cut, a hand edit) must not stop every later run; it stays for a person to see.
+        facts.update(state="lost", closed_by_run=closed_by, ledger_problem=str(error))
+        write_atomically(run_folder / "run.json", _as_json(facts).encode())
+        return
     seats = [WorkerSeat(**worker) for worker in facts.get("workers", [])]
     tail = []
     for index, seat in enumerate(seats):
@@ -164,12 +244,12 @@ def _close_run(
     if tail:
         write_ledger_file(run_folder / "ledger" / "tail-unknown.parquet", tail)
     facts.update(state="lost", workers=[asdict(seat) for seat in seats], closed_by_run=closed_by)
-    write_atomically(run_folder / "run.json", json.dumps(facts, indent=1, default=str).encode())
+    write_atomically(run_folder / "run.json", _as_json(facts).encode())
 
 
 def _claimed_ns(run_folder: Path, now_ns: int, closed_by: str) -> int:
     """The moment at which the run was first found dead; whoever says so first says it for everybody."""
-    claim = run_folder / "closed.json"
+    claim = run_folder / CLOSED
     note = json.dumps({"found_dead_ns": now_ns, "by_run": closed_by}).encode()
     create_bytes_if_absent(claim, note, scratch=run_folder / f".closed.{closed_by}")
     return int(json.loads(claim.read_bytes())["found_dead_ns"])
@@ -182,15 +262,29 @@ def _read_lease(attempts: Path) -> dict[str, Any] | None:
         return None
 
 
-def _identity() -> dict[str, Any]:
-    """Which process on which boot of which machine this is, so that its end can be seen at once from beside it."""
-    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "start": _start_ticks(os.getpid())}
+def _lease(now_ns: int) -> dict[str, Any]:
+    """The lease of this process, with which process on which boot of which machine it is: beside it, its end can be
+    seen at once."""
+    pid = os.getpid()
+    return {
+        "renewed_ns": now_ns, "expires_ns": now_ns + LEASE_S * NS_PER_S,
+        "place": _place(), "pid": pid, "start": _start_ticks(pid),
+    }  # fmt: skip
 
 
 def _is_alive(lease: Mapping[str, Any], now_ns: int) -> bool:
-    if (lease.get("host"), lease.get("boot")) == (socket.gethostname(), _boot_id()):
+    if lease.get("place") == _place():
         return _start_ticks(int(lease["pid"])) == lease.get("start") is not None
     return now_ns < int(lease.get("expires_ns", 0))
+
+
+def _place() -> str:
+    """Where process ids mean the same processes: machine, boot, and PID namespace (containers share the first two)."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the target is a name, not a path
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()} {_boot_id()} {namespace}"
 
 
 def _boot_id() -> str:

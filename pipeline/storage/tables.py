@@ -91,30 +91,49 @@ LEDGER_SCHEMA = pa.schema(
 # A ledger file is rewritten while it grows; past this many entries a new one is begun.
 LEDGER_FILE_ENTRIES = 2_000
 RESULTS_FILE_ROWS = 50_000
-_INT32 = range(-(2**31), 2**31)
-_INT64 = range(-(2**63), 2**63)
 
 
-def write_results(folder: Path, rows: Sequence[Mapping[str, Any]], x_columns: Mapping[str, pa.DataType]) -> None:
-    """Write the results table. Values of rejected rows that do not fit their column are left out."""
+def write_results(folder: Path, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
+    """Write the results table: `rows` in the order of the manifest, and its `x_` columns row by row as they are.
+
+    Values of rejected rows that do not fit their column are left out: writing never fails for what a row holds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    schema = RESULTS_SCHEMA
-    for name, kind in x_columns.items():
-        schema = schema.append(pa.field(name, kind))
     for part, start in enumerate(range(0, max(1, len(rows)), RESULTS_FILE_ROWS)):
         chunk = rows[start : start + RESULTS_FILE_ROWS]
-        columns = [pa.array([_fitting(row.get(f.name), f.type) for row in chunk], type=f.type) for f in schema]
-        _write(folder / f"part-{part:05d}.parquet", pa.Table.from_arrays(columns, schema=schema))
+        table = pa.Table.from_arrays([_column(chunk, f) for f in RESULTS_SCHEMA], schema=RESULTS_SCHEMA)
+        if x_values.num_columns:
+            indices = pa.array([row["row_index"] for row in chunk], pa.int64())
+            for name, values in zip(x_values.column_names, x_values.take(indices).columns, strict=True):
+                table = table.append_column(name, values)
+        _write(folder / f"part-{part:05d}.parquet", table)
+
+
+def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    values = [_fitting(row.get(field.name), field.type) for row in rows]
+    try:
+        return pa.array(values, type=field.type)
+    except (pa.ArrowException, OverflowError, TypeError):
+        return pa.concat_arrays([_single(value, field.type) for value in values])
+
+
+def _single(value: Any, kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array([value], type=kind)
+    except (pa.ArrowException, OverflowError, TypeError):
+        return pa.nulls(1, kind)
 
 
 def _fitting(value: Any, kind: pa.DataType) -> Any:
-    """The value as its column can hold it: maps as pairs, numbers beyond the type as null."""
-    if value is None or pa.types.is_map(kind):
-        return None if value is None else list(dict(value).items())
+    """The value in the Python type that its column takes; None for a number that is not whole where it must be."""
+    if value is None:
+        return None
+    if pa.types.is_map(kind):
+        return list(dict(value).items())
+    if pa.types.is_floating(kind):
+        return float(value)
     if pa.types.is_integer(kind):
-        if isinstance(value, float) and not value.is_integer():
-            return None
-        return int(value) if int(value) in (_INT32 if kind == pa.int32() else _INT64) else None
+        return int(value) if value % 1 == 0 else None
     return value
 
 
@@ -177,12 +196,12 @@ def write_ledger_file(path: Path, entries: Sequence[LedgerEntry]) -> None:
     _write(path, ledger_table(entries))
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a table's folder in file order, maps as dicts; an absent folder is an empty table."""
+def read_rows(folder: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """All rows of a table's folder in file order (only `columns` if given), maps as dicts; none if it is absent."""
     rows: list[dict[str, Any]] = []
     for file in sorted(folder.glob("*.parquet")):
         try:
-            table = pq.read_table(file)
+            table = pq.read_table(file, columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise UsageError(f"{file} must be readable Parquet, got: {error}; rebuild it from the commits") from error
         rows.extend(table.to_pylist(maps_as_pydicts="lossy"))

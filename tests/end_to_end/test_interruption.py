@@ -95,3 +95,19 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(arguments: list[str], t
     done = run_command("render", *arguments)
     assert done.returncode == 0, done.stderr
     check_output(output, [f"clip-{i}" for i in range(12)])
+
+
+def test_the_report_of_a_killed_run_says_what_is_known_and_following_it_ends(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert run_command("render", *arguments, "limit=2").returncode == 0
+    process = start(arguments)
+    wait_until(lambda: len(records_of(output)) >= 4)
+    process.kill()
+    process.communicate()
+    killed = runs_of(output)[-1]
+    done = run_command("report", f"run={killed}", "follow=true", timeout_s=30)
+    assert done.returncode == 0, done.stderr
+    assert "lost: 12 rows" in done.stdout and "skipped 2" in done.stdout
+    assert "lost" in (killed / "report.html").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from decimal import Decimal
@@ -12,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import av
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.end_to_end.checker import check_output, events_of, ledger_of, results_of, runs_of
-from tests.end_to_end.conftest import CLIP, ROOT, Render, run_command, small_rows
+from tests.end_to_end.checker import (
+    check_commits,
+    check_output,
+    check_partition,
+    events_of,
+    ledger_of,
+    results_of,
+    runs_of,
+)
+from tests.end_to_end.conftest import CLIP, ROOT, Render, command, run_command, small_rows
 
 Manifest = Callable[[list[dict[str, Any]]], Path]
 
@@ -188,3 +198,71 @@ def test_a_relative_output_with_spaces_is_a_folder_like_any_other(
     check_output(tmp_path / "my out", ["clip-0"])
     (row,) = results_of(runs_of(tmp_path / "my out")[0])
     assert row["uri"] == (tmp_path / "my out" / "videos" / Path(row["uri"]).name).as_uri()
+
+
+def test_x_columns_of_any_type_come_through_as_they_were(render: Render, tmp_path: Path) -> None:
+    rows = small_rows(2)
+    table = pa.table(
+        {
+            **{name: [row[name] for row in rows] for name in rows[0]},
+            "x_at": pa.array([1, None], pa.timestamp("ns")),
+            "x_raw": pa.array([b"\xff", b""]),
+            "x_shots": pa.array([[{"n": 1}], None]),
+        }
+    )
+    path = tmp_path / "manifest.parquet"
+    pq.write_table(table, path)
+    done = render(path)
+    assert done.returncode == 0, done.stderr
+    results = pq.read_table(next((runs_of(tmp_path / "out")[0] / "results").glob("*.parquet")))
+    for name in ("x_at", "x_raw", "x_shots"):
+        assert results.column(name).equals(table.column(name))
+
+
+def test_an_empty_manifest_is_a_finished_run(render: Render, manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "empty.parquet"
+    pq.write_table(pa.table({"id": pa.array([], pa.string()), "prompt": pa.array([], pa.string())}), path)
+    done = render(path)
+    assert done.returncode == 0, done.stderr
+    assert results_of(runs_of(tmp_path / "out")[0]) == []
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(
+    model_folder: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    arguments = (f"manifest={manifest(small_rows(3))}", f"output={tmp_path / 'out'}", f"model.folder={model_folder}")
+    process = subprocess.Popen(
+        command("render", *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(100) == 0
+    check_output(tmp_path / "out", ["clip-0", "clip-1", "clip-2"])
+
+
+def test_two_renders_at_once_into_one_output_make_each_clip_once(
+    model_folder: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    arguments = (f"manifest={manifest(small_rows(6))}", f"output={tmp_path / 'out'}", f"model.folder={model_folder}")
+    both = [subprocess.Popen(command("render", *arguments), cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [process.communicate(timeout=100)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    output = tmp_path / "out"
+    check_commits(output)
+    assert len(list((output / "videos").iterdir())) == 6
+    for run in runs_of(output):
+        check_partition(run)
+        assert {row["status"] for row in results_of(run)} <= {"rendered", "skipped"}
+
+
+def test_the_nano_model_is_built_beside_what_a_folder_holds(manifest: Manifest, tmp_path: Path) -> None:
+    """`model.folder=` without `model=` must not cost anybody their weights."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "ltx.safetensors").write_text("somebody's weights")
+    arguments = (f"manifest={manifest(small_rows(1))}", f"output={tmp_path / 'out'}", f"model.folder={folder}")
+    assert run_command("render", *arguments, "dry_run=true").returncode == 0
+    assert [path.name for path in folder.iterdir()] == ["ltx.safetensors"], "a dry run writes nothing"
+    assert run_command("render", *arguments).returncode == 0
+    assert (folder / "ltx.safetensors").read_text() == "somebody's weights"

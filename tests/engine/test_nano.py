@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,13 +25,17 @@ def test_building_again_gives_the_same_bytes(nano_folder, tmp_path):
     assert _contents(tmp_path / "again") == _contents(nano_folder)
 
 
-def test_building_replaces_what_was_there_and_leaves_nothing_beside(tmp_path):
-    folder = tmp_path / "models" / "nano"
-    folder.mkdir(parents=True)
-    (folder / "stale").write_text("old")
+def test_building_adds_what_is_missing_and_touches_nothing_else(nano_folder, tmp_path):
+    folder = tmp_path / "models"
+    (folder / nano.TEXT_ENCODER).mkdir(parents=True)
+    (folder / nano.TEXT_ENCODER / "config.json").write_text("mine")
+    (folder / "ltx.safetensors").write_text("43 GB of somebody's weights")
     nano.build_nano(folder)
-    assert {path.name for path in folder.iterdir()} == {nano.CHECKPOINT, nano.SPATIAL_UPSCALER, nano.TEXT_ENCODER}
-    assert [path.name for path in folder.parent.iterdir()] == ["nano"]
+    kept = _contents(folder)
+    assert kept.pop(Path("ltx.safetensors")) == b"43 GB of somebody's weights"
+    assert kept.pop(Path(nano.TEXT_ENCODER) / "config.json") == b"mine"
+    built = _contents(nano_folder)
+    assert kept == {path: built[path] for path in (Path(nano.CHECKPOINT), Path(nano.SPATIAL_UPSCALER))}
 
 
 def test_failed_build_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
@@ -44,7 +49,7 @@ def test_failed_build_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(nano, "_write_text_encoder", fail)
     with pytest.raises(OSError, match="disk full"):
         nano.build_nano(folder)
-    assert _contents(tmp_path) == {(folder / "precious").relative_to(tmp_path): b"kept"}
+    assert [path.name for path in folder.iterdir()] == ["precious"]
 
 
 def test_nano_is_small(nano_folder):

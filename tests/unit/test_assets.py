@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import StorageFull, StorageUnavailable, UsageError
+from pipeline.errors import StorageFull, UsageError
 from pipeline.storage import filesystem
 from pipeline.storage.assets import AssetStore
 from pipeline.storage.filesystem import create_folder, create_if_absent, write_atomically
@@ -43,38 +43,73 @@ def test_a_broken_file_can_be_replaced(store: AssetStore) -> None:
     assert broken.path.read_bytes() == b"whole" and whole.size_bytes == 5
 
 
-def record(uri: str, size_bytes: int, run_id: str = "r") -> dict[str, object]:
-    return {"key": KEY, "uri": uri, "size_bytes": size_bytes, "run_id": run_id, "attempt": 1}
+def published(store: AssetStore, content: bytes = b"clip", stem: str = "a.123") -> dict[str, object]:
+    """A video under its final name, and the record that would name it."""
+    video = store.publish_video(made(store, "video", content), stem)
+    return {"key": KEY, "uri": video.uri, "thumbnail_uri": video.uri.replace("videos", "thumbnails"), "attempt": 1,
+            "sha256": video.sha256, "size_bytes": video.size_bytes, "run_id": "r"}  # fmt: skip
+
+
+def commit(store: AssetStore, record: dict[str, object], name: str = "s") -> dict[str, object]:
+    return store.commit(KEY, record, scratch=store.root / "_attempts" / f"{name}.json")
 
 
 def test_of_many_racing_commits_exactly_one_wins_and_all_see_it(store: AssetStore) -> None:
-    def commit(index: int) -> object:
-        scratch = store.root / "_attempts" / f"{index}.json"
-        return store.commit(KEY, record("u", 1, f"run-{index}"), scratch=scratch)["run_id"]
+    record = published(store)
+
+    def run(index: int) -> object:
+        return commit(store, {**record, "run_id": f"run-{index}"}, str(index))["run_id"]
 
     with ThreadPoolExecutor(16) as pool:
-        winners = set(pool.map(commit, range(64)))
+        winners = set(pool.map(run, range(64)))
     assert len(winners) == 1
     assert list((store.root / "commits").iterdir()) == [store.record_path(KEY)]
 
 
 def test_done_means_a_record_and_a_whole_video(store: AssetStore) -> None:
-    video = store.publish_video(made(store, "1", b"clip"), "a.123")
+    record = published(store)
     assert store.committed([KEY]) == {}
-    store.commit(KEY, record(video.uri, video.size_bytes), scratch=store.root / "_attempts" / "s.json")
+    commit(store, record)
     assert set(store.committed([KEY, "other"])) == {KEY}
-    video.path.write_bytes(b"cl")
+    video = store.root / "videos" / "a.123.mp4"
+    video.write_bytes(b"cl")
     assert store.committed([KEY]) == {}
-    video.path.unlink()
+    video.unlink()
     assert store.committed([KEY]) == {}
 
 
-def test_a_torn_record_is_no_record(store: AssetStore) -> None:
+@pytest.mark.parametrize("torn", ["", '{"key": "kk', "[]", '{"key": "' + KEY + '"}'])
+def test_a_torn_record_is_no_record_and_gives_way_to_a_whole_one(store: AssetStore, torn: str) -> None:
     store.record_path(KEY).parent.mkdir()
-    store.record_path(KEY).write_text('{"key": "kk')
-    assert store.record(KEY) is None
-    with pytest.raises(StorageUnavailable, match="remove it to render again"):
-        store.commit(KEY, record("u", 1), scratch=store.root / "_attempts" / "s.json")
+    store.record_path(KEY).write_text(torn)
+    assert store.record(KEY) is None and store.committed([KEY]) == {}
+    commit(store, published(store))
+    assert set(store.committed([KEY])) == {KEY}
+    assert store.record_path(KEY).with_suffix(".unreadable").read_text() == torn
+
+
+def test_a_record_whose_video_was_lost_is_replaced_when_it_comes_out_otherwise(store: AssetStore) -> None:
+    """Another GPU or encoder build gives other bytes: the record must name what is there, or it is redone for ever."""
+    commit(store, published(store, b"first"))
+    (store.root / "videos" / "a.123.mp4").unlink()
+    again = {**published(store, b"other bytes"), "run_id": "r2"}
+    assert commit(store, again)["run_id"] == "r2"
+    assert store.committed([KEY])[KEY]["sha256"] == again["sha256"]
+
+
+def test_a_twin_that_was_committed_under_another_name_stands(store: AssetStore) -> None:
+    first = commit(store, published(store))
+    twin = {**published(store, stem="b.123"), "run_id": "r2"}
+    assert commit(store, twin) == store.record(KEY) == first
+
+
+def test_a_moved_output_has_the_uris_of_where_it_is_now(store: AssetStore, tmp_path: Path) -> None:
+    commit(store, published(store))
+    moved = tmp_path.parent / f"{tmp_path.name} moved"
+    tmp_path.rename(moved)
+    record = AssetStore(moved).committed([KEY])[KEY]
+    assert record["uri"] == (moved / "videos" / "a.123.mp4").as_uri()
+    moved.rename(tmp_path)
 
 
 def test_a_source_on_another_device_is_still_created_whole(store: AssetStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,13 +29,16 @@ def refused(*arguments: str) -> str:
         ("recipe.stages=[{sigmas:[0.5,0.7,0.0]}]", "two or more descending levels"),
         ("recipe.stages=[{size_divisor:2,sigmas:[1.0,0.0]}]", "must be at full size"),
         ("recipe.stages=[{size_divisor:3,sigmas:[1.0,0.0]}]", "size_divisor must be 1 or 2, got 3"),
+        ("recipe.clip.num_frames=24", "clip.num_frames must be 8k+1, got 24"),
+        ("model.clip.width=63", "clip.width must be even and at least 2, got 63"),
+        ("recipe.clip.fps=nan", "clip.fps must be between 1 and 240, got nan"),
         ("limit=-1", "limit must be 0 or more, got -1"),
         ("budget_usd=nan", "budget_usd must be a number of dollars"),
         ("parallel.num_gpus=4", "parallel.num_gpus must be 1, got 4"),
         ("precision.kernels=fused", "fused kernels do not exist yet"),
         ("cluster.device=tpu", "cluster.device must be auto, cpu or cuda, got 'tpu'"),
         ("pricing.gpu.observed_at=may", "observed_at must be a date, got 'may'"),
-        ("ids=a", "ids: must be a list like [a,b]"),
+        ("ids=a", "ids must be a list like [a,b], got 'a'"),
     ],
 )
 def test_a_wrong_setting_is_refused_in_one_line(argument: str, message: str) -> None:
@@ -80,3 +83,10 @@ def test_help_shows_settings_as_the_arguments_make_them(capsys: pytest.CaptureFi
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "model.name=ltx2_19b_distilled" in text and "recipe: distilled_two_stage" in text
+
+
+def test_ids_are_taken_as_they_stand() -> None:
+    """Hydra would read 1_0 as 10, 1e3 as 1000.0 and true as True: other rows, or none."""
+    job = compose_job(RenderJob, "render", ['ids=[1_0, 1e3,true,"a,b",${x},007]', "run_id=1e3"])
+    assert job.ids == ["1_0", "1e3", "true", "a,b", "${x}", "007"]
+    assert job.run_id == "1e3"

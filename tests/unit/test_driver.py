@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.cluster.driver import Driver, Ending, StopRequest
 from pipeline.cluster.pool import Finished, PoolEvent, WorkerBroken
 from pipeline.cluster.progress import Counts, Progress
-from pipeline.errors import CheckpointMismatch, Interrupted
+from pipeline.errors import CheckpointMismatch, Interrupted, StorageFull
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import Failed, LedgerEntry, Outcome, WorkerSeat
@@ -60,19 +60,14 @@ class MemoryLog:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.entries: list[LedgerEntry] = []
-        self.ledger = self
 
     def log(self, event: str, now_ns: int, **facts: Any) -> None:
         self.events.append(event)
 
     def set_workers(self, seats: list[WorkerSeat]) -> None: ...
 
-    def renew_lease(self, now_ns: int) -> None: ...
-
-    def add(self, entries: Iterable[LedgerEntry]) -> None:
-        self.entries.extend(entries)
-
-    def flush(self, running: Sequence[LedgerEntry] = ()) -> None: ...
+    def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None:
+        self.entries.extend(closed)
 
 
 def fails(fault: str) -> Script:
@@ -148,9 +143,9 @@ def test_a_worker_that_cannot_be_set_up_ends_the_job_with_its_own_code() -> None
     assert set(statuses(ending).values()) == {"not_started"}
 
 
-def test_a_bug_in_a_workers_set_up_ends_the_job_with_code_6_and_its_cause() -> None:
+def test_a_bug_in_a_workers_set_up_ends_the_job_with_code_1_and_its_cause() -> None:
     ending, _, _ = drive([item(0)], lambda work: WorkerBroken(ZeroDivisionError("oops")))
-    assert ending.stopped_by is not None and ending.stopped_by.exit_code == 6
+    assert ending.stopped_by is not None and ending.stopped_by.exit_code == 1
     assert "ZeroDivisionError: oops" in str(ending.stopped_by)
 
 
@@ -177,3 +172,38 @@ def test_a_budget_scales_estimates_by_what_clips_really_cost() -> None:
 def test_a_budget_too_small_for_the_first_clip_starts_no_worker() -> None:
     ending, pool, _ = drive([item(0)], succeeds, admission=Admission(budget_usd=0.001))
     assert ending.limit_reached is not None and not pool.started
+
+
+def test_a_clip_that_is_committed_while_the_run_stops_is_rendered_and_not_given_up() -> None:
+    stop = StopRequest()
+
+    class LatePool(ScriptedPool):
+        def next_event(self, timeout_s: float) -> PoolEvent | None:
+            stop.reason = "interrupted"
+            return super().next_event(timeout_s) if self.stopped else None
+
+    pool, log = LatePool(succeeds), MemoryLog()
+    driver = Driver(
+        queue=WorkQueue([item(0), item(1)]), pool=pool, log=log, facts=FACTS, counts=Counts(2, 0, 0),
+        progress=Progress(io.StringIO()), now_ns=lambda: 5 * S, flush_every_s=1.0, admission=Admission(), stop=stop,
+    )  # fmt: skip
+    ending = driver.drive()
+    assert isinstance(ending.stopped_by, Interrupted)
+    assert statuses(ending) == {"row-0": "rendered", "row-1": "not_started"}
+    assert ending.rendered_attempts == {"row-0": 1}
+
+
+def test_a_ledger_that_cannot_be_written_ends_the_job_with_its_books_in_the_ending() -> None:
+    class FullDisk(MemoryLog):
+        def write_ledger(self, *args: Any) -> None:
+            raise StorageFull("disk full")
+
+    log = FullDisk()
+    driver = Driver(
+        queue=WorkQueue([item(0)]), pool=ScriptedPool(succeeds), log=log, facts=FACTS, counts=Counts(1, 0, 0),
+        progress=Progress(io.StringIO()), now_ns=lambda: 5 * S, flush_every_s=1.0, admission=Admission(),
+        stop=StopRequest(),
+    )  # fmt: skip
+    ending = driver.drive()
+    assert isinstance(ending.stopped_by, StorageFull)
+    assert statuses(ending) == {"row-0": "not_started"}

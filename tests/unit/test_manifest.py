@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ def test_lossless_casts_are_accepted(tmp_path: Path) -> None:
         fps=pa.array([29.97, 24], pa.float32()),
         images=pa.nulls(2),
         tags=pa.array([{"scene": "sea"}, None]),
+        seed=pa.array([Decimal(2**53 + 1), None], pa.decimal128(20, 0)),
         x_note=pa.array([1, 2]),
     )
     first = rows(open_manifest(str(file)))[0]
-    assert (first["id"], first["fps"], first["tags"]) == ("a", 29.97, {"scene": "sea"})
+    assert (first["id"], first["fps"], first["tags"], first["seed"]) == ("a", 29.97, {"scene": "sea"}, 2**53 + 1)
+    assert "x_note" not in first
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,7 @@ def test_lossless_casts_are_accepted(tmp_path: Path) -> None:
         ({"id": ["a"], "prompt": ["x"], "zzz": [1]}, "carry it through by naming it x_zzz"),
         ({"id": [1], "prompt": ["x"]}, "column id must be string, got int64"),
         ({"id": ["a"], "prompt": ["x"], "width": ["wide"]}, "column width must be int32, got string"),
+        ({"id": ["a"], "prompt": ["x"], "tags": [["a", "b"]]}, "column tags must be map"),
         ({"id": ["a"], "prompt": ["x"], "images": ["u"]}, "column images must be list"),
         ({"id": ["a"], "prompt": ["x"], "enhance_prompt": [1]}, "column enhance_prompt must be bool, got int64"),
     ],
@@ -86,6 +90,34 @@ def test_what_is_not_a_readable_manifest_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             open_manifest(str(uri))
+
+
+def test_x_columns_of_any_type_are_kept_as_stored_also_where_a_file_lacks_them(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", id=["a"], prompt=["x"], x_at=pa.array([5], pa.timestamp("ns")))
+    write(tmp_path / "b.parquet", id=["b"], prompt=["x"], x_raw=[b"\xff"])
+    values = open_manifest(str(tmp_path)).x_values()
+    assert values.column_names == ["x_at", "x_raw"]
+    assert values.column("x_at").cast(pa.int64()).to_pylist() == [5, None]
+    assert values.column("x_raw").to_pylist() == [None, b"\xff"]
+
+
+def test_a_torn_page_or_text_that_is_not_unicode_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "m.parquet", id=["a" * 50 + str(i) for i in range(2000)], prompt=["x"] * 2000)
+    content = bytearray(file.read_bytes())
+    content[40:400] = b"\x00" * 360
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match="must be readable to its end"):
+        rows(open_manifest(str(file)))
+    latin = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
+    with pytest.raises(UsageError, match="must be readable to its end"):
+        rows(open_manifest(str(write(tmp_path / "l.parquet", id=["a"], prompt=latin))))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["id", "prompt", "prompt"])
+    pq.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(UsageError, match="got prompt twice"):
+        open_manifest(str(tmp_path / "m.parquet"))
 
 
 def test_x_columns_must_have_one_type(tmp_path: Path) -> None:

@@ -57,3 +57,12 @@ def test_long_waits_are_in_minutes_and_hours(clock: list[float]) -> None:
     counts = Counts(1000, 0, 0, num_rendered=1, started_s=0.0)
     assert "ends in 16 h 39 min" in counts.line(60.0)
     assert "ends in 17 min" in Counts(18, 0, 0, num_rendered=1, started_s=0.0).line(60.0)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(clock: list[float]) -> None:
+    class Closed(Terminal):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    Progress(Closed()).show(Counts(3, 0, 0, started_s=0.0), last=True)
+    progress.say(Closed(), "a line")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ def test_a_row_with_only_id_and_prompt_takes_the_recipes_clip() -> None:
 
 
 def test_whole_numbers_in_double_columns_are_taken() -> None:
-    request = parse(width=256.0, num_frames=33.0, seed=7.0)
-    assert (request.width, request.num_frames, request.seed) == (256, 33, 7)
+    request = parse(width=256.0, num_frames=33.0, seed=Decimal(2**53 + 1))
+    assert (request.width, request.num_frames, request.seed) == (256, 33, 2**53 + 1)
 
 
 def test_a_duration_becomes_frames_on_the_grid() -> None:
@@ -50,14 +51,18 @@ def test_a_duration_becomes_frames_on_the_grid() -> None:
         ({"num_frames": 120}, "num_frames must be 8k+1, got 120; use 113 or 121"),
         ({"num_frames": -7}, "num_frames must be 8k+1, got -7; use 1"),
         ({"num_frames": 0}, "num_frames must be 8k+1, got 0; use 1"),
-        ({"num_frames": 481, "fps": 4.0}, "num_frames / fps must be at most 20 s, got 120.25"),
+        ({"num_frames": 481, "fps": 4.0}, "a clip must last at most 20 s, got 481 frames at 4 fps"),
         ({"duration_s": -1.0}, "duration_s must be a finite number above 0, got -1.0"),
         ({"duration_s": math.nan}, "duration_s must be a finite number above 0, got nan"),
-        ({"duration_s": 21.0}, "duration_s must be at most 20 s, got 21"),
+        ({"duration_s": 21.0}, "a clip must last at most 20 s, got 21 s"),
         ({"duration_s": 2.0, "num_frames": 25}, "num_frames and duration_s must agree"),
         ({"fps": 0.0}, "fps must be a finite number above 0, got 0.0; use 24"),
         ({"fps": math.inf}, "fps must be a finite number above 0, got inf"),
-        ({"fps": 1000.0}, "fps must be at most 240, got 1000; use 24"),
+        ({"fps": 1000.0}, "fps must be between 1 and 240, got 1000; use 24"),
+        ({"num_frames": 1, "fps": 1e-6}, "fps must be between 1 and 240, got 1e-06"),
+        ({"num_frames": 25, "fps": 1e-310}, "fps must be between 1 and 240"),
+        ({"duration_s": 1e300}, "a clip must last at most 20 s, got 1e+300 s"),
+        ({"seed": Decimal("2.5")}, "seed must be a whole number, got 2.5"),
         ({"num_frames": 1, "fps": 120.0}, "long enough for one sound latent"),
         ({"seed": 2.5}, "seed must be a whole number, got 2.5"),
         ({"priority": 2**40}, "priority must be between"),
@@ -86,13 +91,13 @@ def test_every_problem_of_a_row_is_listed_at_once() -> None:
 
 
 def test_task_columns_that_ask_for_nothing_are_fine() -> None:
-    assert parse(images=[], audio=None, enhance_prompt=False, camera="", loras=None).id == "row-0"
+    nothing = {"uri": None, "strength": None}
+    assert parse(images=[], audio=nothing, enhance_prompt=False, camera="", loras=None).id == "row-0"
 
 
-def test_tags_and_x_columns_are_carried() -> None:
-    request = parse(tags=[("b", "2"), ("a", "1"), ("c", None)], x_shot=4)
-    assert request.tags == (("a", "1"), ("b", "2"))
-    assert request.extras == (("x_shot", 4),)
+def test_tags_become_sorted_pairs_of_text() -> None:
+    assert parse(tags=[("b", "2"), (1, 1.5), ("c", None)]).tags == (("1", "1.5"), ("b", "2"))
+    assert parse(tags={"a": 1}).tags == (("a", "1"),)
 
 
 def _key(**row: Any) -> str:
@@ -101,7 +106,7 @@ def _key(**row: Any) -> str:
 
 def test_the_content_key_is_of_pixels_and_sound_only() -> None:
     base = _key(id="a", seed=1)
-    assert base == _key(id="b", seed=1, priority=3, tags={"k": "v"}, x_note="n", row_index=9)
+    assert base == _key(id="b", seed=1, priority=3, tags={"k": "v"}, row_index=9)
     assert len(base) == 64
     changes = ({"prompt": "a ship"}, {"width": 256}, {"height": 64}, {"num_frames": 33}, {"fps": 25.0}, {"seed": 2})
     others = [_key(id="a", **{"seed": 1, **change}) for change in changes]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, WorkerLost
 from pipeline.storage import runs
 from pipeline.storage.runs import RunFolder, close_dead_runs, read_events, read_run
 from pipeline.storage.tables import read_ledger
@@ -32,9 +32,7 @@ def died(output: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run with one worker, 4 s of ledger and a last sign of life at 4 s, whose driver is gone."""
     folder = opened(output)
     folder.set_workers([seat()])
-    folder.ledger.add([entry("weight_load", 0, 3)])
-    folder.ledger.flush([entry("denoise", 3, 4, "row-0", 1)])
-    folder.renew_lease(4 * S)
+    folder.write_ledger([entry("weight_load", 0, 3)], [entry("denoise", 3, 4, "row-0", 1)], 4 * S)
     (folder.attempts / "leftover.mp4").write_bytes(b"half a clip")
     monkeypatch.setattr(runs, "_start_ticks", lambda pid: None)
     return folder
@@ -44,6 +42,59 @@ def test_a_run_id_is_used_once(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(UsageError, match="run_id must be new, got 'run-1', which exists"):
         opened(tmp_path)
+
+
+def test_a_refused_run_id_leaves_nothing_behind_and_the_first_run_untouched(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    first.close()
+    with pytest.raises(UsageError):
+        opened(tmp_path)
+    assert not (tmp_path / "_attempts").exists()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run-1"]
+
+
+def test_a_driver_that_was_found_dead_stops_and_writes_nothing_more(tmp_path: Path) -> None:
+    """Suspended past its lease, it would tear the ledger that another driver has closed."""
+    folder = opened(tmp_path)
+    folder.set_workers([seat()])
+    folder.write_ledger([], [entry("denoise", 0, 4, "row-0", 1)], 4 * S)
+    lease = json.loads((folder.attempts / "lease.json").read_text())
+    (folder.attempts / "lease.json").write_text(json.dumps({**lease, "place": "elsewhere"}))
+    close_dead_runs(tmp_path, 100 * S, cost_of, "run-2")
+    before = read_ledger(folder.path / "ledger")
+    with pytest.raises(WorkerLost, match="found dead and closed by another driver"):
+        folder.write_ledger([entry("denoise", 0, 90, "row-0", 1)], [], 100 * S)
+    folder.write_ledger([], [], 101 * S)
+    folder.update({"state": "finished"})
+    assert read_ledger(folder.path / "ledger") == before
+    assert read_run(folder.path)["state"] == "lost"
+
+
+def test_an_unreadable_ledger_of_a_dead_run_does_not_stop_later_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = died(tmp_path, monkeypatch)
+    (folder.path / "ledger" / "part-00000.parquet").write_bytes(b"")
+    assert close_dead_runs(tmp_path, 100 * S, cost_of, "run-2") == ["run-1"]
+    run = read_run(folder.path)
+    assert run["state"] == "lost" and "part-00000.parquet" in run["ledger_problem"]
+
+
+def test_a_lease_that_was_never_finished_is_swept_only_when_it_is_old(tmp_path: Path) -> None:
+    half = tmp_path / "_attempts" / ".run-0.abc"
+    half.mkdir(parents=True)
+    made_ns = half.stat().st_mtime_ns
+    close_dead_runs(tmp_path, made_ns + 29 * S, cost_of, "run-2")
+    assert half.is_dir()
+    close_dead_runs(tmp_path, made_ns + 31 * S, cost_of, "run-2")
+    assert not half.exists()
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_event_log(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.log("rejected", 1, row={"fps": float("nan"), "tags": [float("inf")]})
+    (event,) = read_events(folder.path)
+    assert event["row"] == {"fps": None, "tags": [None]}
 
 
 def test_a_living_driver_is_left_alone(tmp_path: Path) -> None:
@@ -57,7 +108,7 @@ def test_a_driver_on_another_machine_lives_until_its_lease_runs_out(
 ) -> None:
     folder = opened(tmp_path)
     lease = json.loads((folder.attempts / "lease.json").read_text())
-    (folder.attempts / "lease.json").write_text(json.dumps({**lease, "host": "elsewhere"}))
+    (folder.attempts / "lease.json").write_text(json.dumps({**lease, "place": "elsewhere"}))
     assert close_dead_runs(tmp_path, 29 * S, cost_of, "run-2") == []
     assert close_dead_runs(tmp_path, 31 * S, cost_of, "run-2") == ["run-1"]
 

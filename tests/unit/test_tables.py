@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,29 +68,39 @@ CONTRACT_COLUMNS = [
 ]
 
 
-def test_results_have_the_contracts_columns_and_the_x_columns(tmp_path: Path) -> None:
-    work = item(0, tags={"scene": "sea"}, x_note=4)
-    failed = Failed(item(1, x_note=5), "EngineFault", "went wrong", "EngineFault", 0, S)
+def test_results_have_the_contracts_columns_and_the_x_columns_as_they_were(tmp_path: Path) -> None:
+    work = item(0, tags={"scene": "sea"})
+    failed = Failed(item(2), "EngineFault", "went wrong", "EngineFault", 0, S)
+    odd = {"id": "b", "num_frames": 2**40, "width": 1.5, "fps": 2**60, "duration_s": 1e300, "tags": [(1, 2)]}
     rows = [
         rendered_row(rendered(work), FACTS),
+        rejected_row(odd, 1, "row 1: ...", FACTS),
         failed_row(failed, FACTS),
-        rejected_row({"id": "c", "num_frames": 2**40, "width": 1.5, "x_note": None}, 2, "row 2: ...", FACTS),
         skipped_row(item(3), rendered_row(rendered(work), FACTS), FACTS),
     ]
-    write_results(tmp_path, rows, {"x_note": pa.int64()})
-    schema = pq.read_schema(tmp_path / "part-00000.parquet")
-    assert schema.names == [*CONTRACT_COLUMNS, "x_note"]
-    back = read_rows(tmp_path)
-    assert [row["status"] for row in back] == ["rendered", "failed", "rejected", "skipped"]
-    assert back[0]["tags"] == {"scene": "sea"} and back[0]["x_note"] == 4
+    x_values = pa.table(
+        {
+            "x_at": pa.array([0, 1, None, 3], pa.timestamp("ns", "UTC")),
+            "x_big": pa.array([2**63 + 5, 0, 1, 2], pa.uint64()),
+            "x_nested": pa.array([[{"a": b"1"}], None, [], [{"a": None}]]),
+            "x_money": pa.array([Decimal("1.25"), None, None, None], pa.decimal128(10, 2)),
+        }
+    )
+    write_results(tmp_path, rows, x_values)
+    table = pq.read_table(tmp_path / "part-00000.parquet")
+    assert table.column_names == [*CONTRACT_COLUMNS, *x_values.column_names]
+    assert table.select(x_values.column_names).equals(x_values)
+    back = read_rows(tmp_path, columns=CONTRACT_COLUMNS)
+    assert [row["status"] for row in back] == ["rendered", "rejected", "failed", "skipped"]
+    assert back[0]["tags"] == {"scene": "sea"}
     assert back[0]["started_at"].tzinfo is not None
-    assert back[1]["error_message"] == "went wrong"
-    assert (back[2]["num_frames"], back[2]["width"]) == (None, None)
+    assert (back[1]["num_frames"], back[1]["width"], back[1]["tags"]) == (None, None, {"1": "2"})
+    assert back[2]["error_message"] == "went wrong"
     assert (back[3]["cost_usd"], back[3]["rendered_by_run"]) == (0.0, "run-1")
 
 
 def test_an_empty_results_table_still_has_its_columns(tmp_path: Path) -> None:
-    write_results(tmp_path, [], {})
+    write_results(tmp_path, [], pa.table({}))
     assert pq.read_schema(tmp_path / "part-00000.parquet").names == CONTRACT_COLUMNS
 
 
