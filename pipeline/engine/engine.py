@@ -169,6 +169,8 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
     """
     started = time.monotonic()
     torch.set_num_threads(precision.torch_threads)
+    # The vocoder runs in float32 always; TensorFloat-32 would round its convolutions' inputs to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     folder, dtype = Path(model.folder), _DTYPES[precision.dtype]
     checkpoint = CheckpointFile(folder / model.checkpoint)
     _require_size(model, checkpoint)

@@ -13,9 +13,9 @@ from kernels.reference import rows_of_tokens
 from pipeline.model.block import StreamState
 from pipeline.model.denoiser import AudioVideoDenoiser
 
-# Largest error over largest value. The recorded tolerance is 1e-4 and independent implementations agree to 5e-7; this
-# bound is tight enough that a float32 frequency grid (4.5e-5) or diffusers' gate rule (6e-2) fails it.
-OUTPUT_BOUND = 2e-6
+# Largest error over largest value. The recorded tolerance is 1e-4; torch 2.13 gives 6e-7 here and torch 2.11 on another
+# processor 2.4e-6, while a float32 frequency grid (4.5e-5) or diffusers' gate rule (6e-2) fails this bound.
+OUTPUT_BOUND = 5e-6
 # Values on the way there; rotary tables are compared absolutely.
 ROTARY_BOUND = 1e-5
 
