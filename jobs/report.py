@@ -10,25 +10,29 @@ import sys
 import time
 
 from jobs.entry import ReportJob, compose_job, run_job
+from pipeline.errors import UsageError
 from pipeline.report.rebuild import progress_line, rebuild
-from pipeline.storage.filesystem import local_path
+from pipeline.storage.store import open_store
 
 FOLLOW_EVERY_S = 2.0
 
 
 def main(argv: list[str]) -> int:
     job = compose_job(ReportJob, "report", argv)
-    folder = local_path(job.run)
+    output, _, run_id = job.run.rstrip("/").rpartition("/runs/")
+    if not output or "/" in run_id:
+        raise UsageError(f"run must be <output>/runs/<run_id>, got {job.run!r}; give the run's folder")
+    store = open_store(output)
     going = job.follow
     while going:
-        line, going = progress_line(folder)
+        line, going = progress_line(store, run_id)
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
         if going:
-            rebuild(folder)
+            rebuild(store, run_id)
             time.sleep(FOLLOW_EVERY_S)
-    sys.stdout.write(rebuild(folder).text + "\n")
-    sys.stdout.write(f"report: {folder / 'report.html'}\n")
+    report = rebuild(store, run_id)
+    sys.stdout.write(f"{report.text}\nreport: {report.page}\n")
     return 0
 
 

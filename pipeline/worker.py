@@ -90,6 +90,8 @@ class ClipWorker:
 
     engine: RenderEngine
     store: AssetStore
+    # A local folder for files that are not finished.
+    scratch: Path
     meter: Meter
     recipes: Mapping[str, ClipRecipe]
     facts: RunFacts
@@ -99,8 +101,7 @@ class ClipWorker:
         """Render and commit one item. Never raises for what the item, its files or the store did."""
         attempt = _Attempt(item, self.meter, self.now_ns, self.now_ns())
         attempt.enter("text_encode")
-        scratch = self.store.attempt_folder(self.facts.run_id)
-        stem = scratch / f"{item.key[:12]}.{item.attempt}"
+        stem = self.scratch / f"{item.key[:12]}.{item.attempt}"
         try:
             return self._render(item, attempt, stem)
         except OSError as error:
@@ -110,7 +111,7 @@ class ClipWorker:
                 log.error("row failed", exc_info=error, extra={"facts": {"id": item.request.id}})
             return self._failed(attempt, error)
         finally:
-            for suffix in (".mp4", ".jpg", ".json"):
+            for suffix in (".mp4", ".jpg", ".theirs.mp4"):
                 with suppress(OSError):  # what cannot be removed now is swept with the run's attempts
                     stem.with_name(stem.name + suffix).unlink(missing_ok=True)
             self.meter.enter("idle")
@@ -129,7 +130,7 @@ class ClipWorker:
 
     def _render(self, item: WorkItem, attempt: _Attempt, stem: Path) -> Rendered:
         request, clip = item.request, self.recipes[item.request.recipe]
-        video, thumbnail, record_scratch = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg", ".json"))
+        video, thumbnail = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg"))
         streams = self.engine.render(request, clip.recipe, attempt.enter)
         written = write_clip(
             video,
@@ -154,7 +155,7 @@ class ClipWorker:
             finished_ns=self.now_ns(),
         )
         record = commit_record(rendered, self.meter.attempt_entries(), self.facts)
-        standing = self.store.commit(item.key, record, scratch=record_scratch)
+        standing = self.store.commit(item.key, record)
         if (standing["run_id"], standing["attempt"]) != (self.facts.run_id, item.attempt):
             if standing["uri"] != published.uri:
                 self.store.discard(published)
@@ -182,8 +183,10 @@ class ClipWorker:
         """If another writer's file has the name already: adopt it if it is a whole clip, else put ours there."""
         if published.created or published.sha256 == facts.sha256:
             return published, facts
+        theirs = video.with_suffix(".theirs.mp4")
         try:
-            return published, self._checked(published.path, item, sample_rate_hz)
+            self.store.fetch(published, theirs)
+            return published, self._checked(theirs, item, sample_rate_hz)
         except EngineFault as fault:
             log.warning("replacing a broken file: %s", fault, extra={"facts": {"uri": published.uri}})
             return self.store.replace(published, video), facts

@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.cluster": {"pipeline.errors", "pipeline.config", "pipeline.telemetry", "pipeline.records",
                          "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.cost.meter"},
     "pipeline.assembly.worker_side": {"pipeline.config", "pipeline.worker", "pipeline.engine", "pipeline.model",
-                                      "kernels.ops", "pipeline.storage.assets", "pipeline.storage.filesystem",
+                                      "kernels.ops", "pipeline.storage.assets", "pipeline.storage.store",
                                       "pipeline.cost.meter",
                                       "pipeline.records", "pipeline.media.mux"},
     "pipeline.assembly.driver_side": {"pipeline.config", "pipeline.planning", "pipeline.storage", "pipeline.cost",
@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
                    "pipeline.planning", "pipeline.storage"},
     "jobs.render": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side",
                     "pipeline.cluster.driver", "pipeline.cluster.progress", "pipeline.storage.models"},
-    "jobs.report": {"pipeline.config", "pipeline.report.rebuild", "pipeline.storage.filesystem"},
+    "jobs.report": {"pipeline.config", "pipeline.errors", "pipeline.report.rebuild", "pipeline.storage.store"},
     "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.engine.nano"},
 }  # fmt: skip
 

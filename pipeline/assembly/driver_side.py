@@ -25,7 +25,7 @@ from pipeline.config import Price, RecipeConfig, RenderJob, to_plain
 from pipeline.cost.allocation import Allocation, allocate
 from pipeline.cost.meter import Meter, utc_clock
 from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
-from pipeline.errors import Interrupted, PipelineError, UsageError
+from pipeline.errors import Interrupted, PipelineError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.plan import Plan, Planner, Selection
 from pipeline.planning.policy import Admission
@@ -34,10 +34,9 @@ from pipeline.records.outcome import NS_PER_S, RunFacts, WorkerSeat, item_row, r
 from pipeline.records.request import RequestLimits
 from pipeline.report.rebuild import rebuild
 from pipeline.storage.assets import AssetStore
-from pipeline.storage.filesystem import create_folder, is_local, local_path
 from pipeline.storage.manifest import Manifest, open_manifest
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
-from pipeline.storage.tables import write_results
+from pipeline.storage.store import open_store
 
 _REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "av", "pyarrow", "hydra-core", "ray")
 
@@ -68,11 +67,9 @@ def planner(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: st
 
 def make_plan(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: str) -> tuple[Manifest, Plan]:
     """Read and judge the manifest, and see what is done; writes nothing."""
-    if not is_local(job.output):
-        raise UsageError(f"output must be a local folder for now, got {job.output!r}; render locally, then copy")
     manifest = open_manifest(job.manifest)
     planning = planner(job, recipes, fingerprint)
-    store = AssetStore(local_path(job.output))
+    store = AssetStore(open_store(job.output))
 
     def committed(keys: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
         return store.committed(keys) if job.resume else {}
@@ -97,7 +94,7 @@ class Run:
         self._started_ns = self._now_ns()
         self._device = worker_device(self.job)
         self._price = unit_price(worker_price(self.job, self._device))
-        self.output = local_path(self.job.output)
+        self.store = open_store(self.job.output)
         at = timestamp(self._started_ns).strftime("%Y%m%dT%H%M%S")
         self.run_id = self.job.run_id or f"{at}-{secrets.token_hex(3)}"
         self.facts = RunFacts(
@@ -106,13 +103,13 @@ class Run:
 
     def execute(self) -> int:
         """Drive the plan to its end and close the books; returns the exit code (README, "The contract")."""
-        create_folder(self.output)
-        closed = close_dead_runs(self.output, self._now_ns(), self._cost_of, self.run_id)
+        self.store.prepare()
+        closed = close_dead_runs(self.store, self._now_ns(), self._cost_of, self.run_id)
         x_values = self.manifest.x_values()
-        folder = RunFolder(self.output, self.run_id)
+        folder = RunFolder(self.store, self.run_id)
         folder.open(self._run_facts(), self._now_ns())
         try:
-            say(sys.stderr, f"run {self.run_id}; follow it with: python -m jobs.report run={folder.path} follow=true")
+            say(sys.stderr, f"run {self.run_id}; follow it with: python -m jobs.report run={folder.shown} follow=true")
             for run_id in closed:
                 folder.log("closed_dead_run", self._now_ns(), run_id=run_id)
             warning = stale_price_warning(worker_price(self.job, self._device), datetime.now(UTC).date())
@@ -192,7 +189,7 @@ class Run:
             "precision": self.job.precision.name,
             "manifest": self.manifest.uri,
             "manifest_sha256": self.manifest.sha256,
-            "output": self.output.as_uri(),
+            "output": self.store.root_uri,
             "price_id": self._price.price_id,
             "usd_per_worker_hour": str(self._price.usd_per_hour),
             "config": to_plain(self.job),
@@ -216,7 +213,7 @@ class Run:
             _say_why(ending)
             return code
         state = "finished" if code in (0, 3) else "stopped"
-        write_results(folder.path / "results", rows, x_values)
+        folder.write_results(rows, x_values)
         folder.log("ended", self._now_ns(), exit_code=code, reason=str(ending.stopped_by or ending.limit_reached or ""))
         folder.update(
             {
@@ -226,8 +223,11 @@ class Run:
                 "totals": _totals(rows, allocation, (self._now_ns() - self._started_ns) / NS_PER_S),
             }
         )
+        if not isinstance(ending.stopped_by, Interrupted):
+            AssetStore(self.store).compact(self.run_id)
+        report = rebuild(self.store, self.run_id)
         folder.close()
-        say(sys.stdout, f"{rebuild(folder.path).text}\nreport: {folder.path / 'report.html'}")
+        say(sys.stdout, f"{report.text}\nreport: {report.page}")
         _say_why(ending)
         return code
 

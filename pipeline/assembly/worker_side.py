@@ -9,7 +9,7 @@ from pipeline.engine.engine import load_engine
 from pipeline.media.mux import EncodeSettings
 from pipeline.records.outcome import RunFacts
 from pipeline.storage.assets import AssetStore
-from pipeline.storage.filesystem import local_path
+from pipeline.storage.store import open_store
 from pipeline.worker import ClipRecipe, ClipWorker
 
 
@@ -21,10 +21,12 @@ def build_worker(
     Raises UsageError (CheckpointMismatch) when the model's files are not what the configuration says.
     """
     meter.enter("weight_load")
+    store = open_store(job.output)
     engine = load_engine(job.model, job.precision, device=device, ops=reference_ops())
     return ClipWorker(
         engine=engine,
-        store=AssetStore(local_path(job.output)),
+        store=AssetStore(store),
+        scratch=store.scratch(facts.run_id),
         meter=meter,
         recipes={name: _clip_recipe(recipe) for name, recipe in recipes.items()},
         facts=facts,

@@ -8,13 +8,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.report.page import render_page
 from pipeline.report.summary import STATUSES, RunSummary, as_text, summarise
-from pipeline.storage.filesystem import write_atomically
 from pipeline.storage.runs import is_running, read_events, read_run
+from pipeline.storage.store import Store
 from pipeline.storage.tables import RESULTS_SCHEMA, read_ledger, read_rows
 
 
@@ -25,34 +24,35 @@ class Rebuilt:
     run: dict[str, Any]
     summary: RunSummary
     text: str
+    page: str
 
 
-def rebuild(run_folder: Path) -> Rebuilt:
-    """Read a run's tables and write its `report.html`; UsageError if `run_folder` is not a run's folder."""
-    run = read_current(run_folder)
-    results = read_rows(run_folder / "results", columns=RESULTS_SCHEMA.names)
-    ledger = [asdict(entry) | {"gpu_seconds": entry.gpu_seconds} for entry in read_ledger(run_folder / "ledger")]
+def rebuild(store: Store, run_id: str) -> Rebuilt:
+    """Read a run's tables and write its `report.html`; UsageError if there is no such run."""
+    run = read_current(store, run_id)
+    results = read_rows(store, f"runs/{run_id}/results", columns=RESULTS_SCHEMA.names)
+    ledger = [asdict(entry) | {"gpu_seconds": entry.gpu_seconds} for entry in read_ledger(store, run_id)]
     if results:
         summary = summarise(results, ledger, run)
     else:
-        results = _rows_from_events(run_folder)
+        results = _rows_from_events(store, run_id)
         summary = summarise(results, ledger, run)
         summary = replace(summary, status_counts=_counts(run, results))
-    page = render_page(run, summary, results, ledger)
-    write_atomically(run_folder / "report.html", page.encode())
-    return Rebuilt(run, summary, as_text(summary))
+    page = render_page(run, summary, results, ledger, output_uri=store.root_uri)
+    store.write(f"runs/{run_id}/report.html", page.encode())
+    return Rebuilt(run, summary, as_text(summary), store.shown(f"runs/{run_id}/report.html"))
 
 
-def read_current(run_folder: Path) -> dict[str, Any]:
+def read_current(store: Store, run_id: str) -> dict[str, Any]:
     """`run.json`; a run whose driver died without a word is `lost`, though its file still says `running`."""
-    run = read_run(run_folder)
-    if run["state"] == "running" and not is_running(run_folder, time.time_ns()):
+    run = read_run(store, run_id)
+    if run["state"] == "running" and not is_running(store, run_id, time.time_ns()):
         run["state"] = "lost"
     return run
 
 
-def _rows_from_events(run_folder: Path) -> list[dict[str, Any]]:
-    rows = [event["row"] for event in read_events(run_folder) if isinstance(event.get("row"), dict)]
+def _rows_from_events(store: Store, run_id: str) -> list[dict[str, Any]]:
+    rows = [event["row"] for event in read_events(store, run_id) if isinstance(event.get("row"), dict)]
     return sorted(rows, key=lambda row: row["row_index"])
 
 
@@ -66,10 +66,10 @@ def _counts(run: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, int
     return {status: counts[status] for status in STATUSES}
 
 
-def progress_line(run_folder: Path) -> tuple[str, bool]:
+def progress_line(store: Store, run_id: str) -> tuple[str, bool]:
     """How a run is going, in a line, and whether it still goes."""
-    run = read_current(run_folder)
-    counts = _counts(run, _rows_from_events(run_folder))
+    run = read_current(store, run_id)
+    counts = _counts(run, _rows_from_events(store, run_id))
     parts = [f"{run['state']}: {run['totals']['rows']} rows"]
     parts += [f"{status} {number}" for status, number in counts.items() if number]
     return "  ".join(parts), run["state"] == "running"

@@ -6,29 +6,34 @@ first, the record last, each created if absent, so any number of writers can rac
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
-import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pipeline.errors import UsageError
-from pipeline.storage.filesystem import create_bytes_if_absent, create_if_absent, storage_error, write_atomically
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage.store import Store
 
 # What a record must hold for its clip to count.
 _RECORD_FIELDS = {"key", "run_id", "attempt", "uri", "thumbnail_uri", "sha256", "size_bytes"}
+# Records are small and a bucket answers in tens of milliseconds: read many at once.
+_READERS = 16
+INDEX = "commits/index"
+_INDEX_SCHEMA = pa.schema([("key", pa.string()), ("record", pa.string())])
 
 
 @dataclass(frozen=True)
 class Published:
     """A file under its final name. `created` is False if that name was taken; the hash is that of the file there."""
 
+    name: str
     uri: str
-    path: Path
     sha256: str
     size_bytes: int
     created: bool
@@ -36,118 +41,135 @@ class Published:
 
 @dataclass(frozen=True)
 class AssetStore:
-    """The committed part of one output folder. Safe for many workers and several drivers at once."""
+    """The committed part of one output. Safe for many workers and several drivers at once."""
 
-    root: Path
-
-    def attempt_folder(self, run_id: str) -> Path:
-        return self.root / "_attempts" / run_id
+    store: Store
 
     def publish_video(self, source: Path, file_stem: str) -> Published:
-        return self._publish(source, self.root / "videos" / f"{file_stem}.mp4")
+        return self._publish(source, f"videos/{file_stem}.mp4")
 
     def publish_thumbnail(self, source: Path, file_stem: str) -> Published:
-        return self._publish(source, self.root / "thumbnails" / f"{file_stem}.jpg")
+        return self._publish(source, f"thumbnails/{file_stem}.jpg")
+
+    def fetch(self, published: Published, target: Path) -> None:
+        self.store.fetch(published.name, target)
 
     def replace(self, published: Published, source: Path) -> Published:
-        """Put `source` in the place of a published file that turned out to be broken; needs one device."""
-        try:
-            source.replace(published.path)
-        except OSError as error:
-            raise storage_error(error, f"replacing {published.path}") from error
-        return _facts(published.path, created=True)
+        """Put `source` in the place of a published file that turned out to be broken."""
+        self.store.replace(published.name, source)
+        return self._facts(published.name, created=True)
 
     def discard(self, published: Published) -> None:
         """Remove a file that this writer created and that no record will name."""
         if published.created:
-            published.path.unlink(missing_ok=True)
+            self.store.delete(published.name)
 
-    def commit(self, key: str, record: Mapping[str, Any], *, scratch: Path) -> dict[str, Any]:
+    def commit(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Create the commit record of `key` if there is none; returns the record that stands, ours or the winner's.
 
-        A record that cannot be read is moved aside, and one whose video is gone or is no longer the one it names is
-        replaced: neither says where a whole clip is.
+        A record that cannot be read, or whose video is gone or is no longer the one it names, is replaced: neither
+        says where a whole clip is.
         """
-        path = self.record_path(key)
+        name = f"commits/{key}.json"
         content = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1).encode()
-        while not create_bytes_if_absent(path, content, scratch=scratch):
-            winner = self.record(key)
-            if winner is None:
-                with suppress(FileNotFoundError):
-                    path.replace(path.with_suffix(".unreadable"))
-            elif self._stands(winner, record):
-                return winner
-            else:
-                write_atomically(path, content)
-                break
+        if self.store.create(name, content):
+            return dict(record)
+        winner = self.record(key)
+        if winner is not None and self._stands(winner, record):
+            return winner
+        torn = self.store.read(name)
+        if winner is None and torn is not None:
+            self.store.write(f"commits/{key}.unreadable", torn)
+        self.store.write(name, content)
+        # `~` sorts behind every run: this entry wins over one of the record that was replaced.
+        self._write_index(f"{INDEX}/~{key[:12]}.parquet", {key: content})
         return dict(record)
 
     def _stands(self, winner: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
         """If the winner's video is there: by its hash if it is the file that ours names too, else by its size."""
         if winner["uri"] == ours["uri"]:
             return bool(winner["sha256"] == ours["sha256"])
-        video = self.root / "videos" / _name_of(winner["uri"])
-        return video.is_file() and video.stat().st_size == winner["size_bytes"]
-
-    def record_path(self, key: str) -> Path:
-        return self.root / "commits" / f"{key}.json"
+        return bool(self.store.sizes("videos").get(_name_of(winner["uri"])) == winner["size_bytes"])
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The commit record of `key`, its URIs as the output lies now; None if there is none that can be read."""
-        try:
-            record = json.loads(self.record_path(key).read_bytes())
-        except (OSError, ValueError):
-            return None
-        if not isinstance(record, dict) or record.get("key") != key or not record.keys() >= _RECORD_FIELDS:
-            return None
-        for name, folder in (("uri", "videos"), ("thumbnail_uri", "thumbnails")):
-            record[name] = (self.root / folder / _name_of(record[name])).as_uri()
-        return record
+        return self._parsed(key, self.store.read(f"commits/{key}.json") or b"")
 
     def committed(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The records of those `keys` that are done: the record is there and so is its video, whole.
 
-        Two listings and one read for each done key; a key that is not done costs nothing.
+        Two listings, the compacted index, and one read for each done key that the index does not hold.
         """
-        present = {name.removesuffix(".json") for name in _sizes(self.root / "commits") if name.endswith(".json")}
-        sizes = _sizes(self.root / "videos")
+        present = self._present()
+        sizes = self.store.sizes("videos")
+        wanted = set(keys) & present
+        index = self._index()
+        texts = {key: index[key] for key in wanted if key in index}
+        texts |= self._read_records(wanted - texts.keys())
         done = {}
-        for key in set(keys) & present:
-            record = self.record(key)
+        for key, text in texts.items():
+            record = self._parsed(key, text)
             if record is not None and sizes.get(_name_of(record["uri"])) == record["size_bytes"]:
                 done[key] = record
         return done
 
-    def _publish(self, source: Path, target: Path) -> Published:
-        created = create_if_absent(target, source)
-        return _facts(target, created=created)
+    def compact(self, run_id: str) -> int:
+        """Write the records that no index file holds into a new one; returns how many. Records stay the authority."""
+        missing = self._present() - self._index().keys()
+        texts = self._read_records(missing)
+        if texts:
+            self._write_index(f"{INDEX}/{run_id}-{len(self.store.sizes(INDEX)):05d}.parquet", texts)
+        return len(texts)
 
+    def _write_index(self, name: str, texts: Mapping[str, bytes]) -> None:
+        columns = {"key": list(texts), "record": [text.decode(errors="replace") for text in texts.values()]}
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns, _INDEX_SCHEMA), sink, compression="zstd")
+        self.store.write(name, sink.getvalue())
 
-def _facts(path: Path, *, created: bool) -> Published:
-    try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return Published(path.as_uri(), path, digest, path.stat().st_size, created)
-    except OSError as error:
-        raise storage_error(error, f"reading back {path}") from error
+    def _present(self) -> set[str]:
+        return {name.removesuffix(".json") for name in self.store.sizes("commits") if name.endswith(".json")}
+
+    def _index(self) -> dict[str, bytes]:
+        """Key -> the record's text, of every index file that can be read; later files win."""
+        index: dict[str, bytes] = {}
+        for name in sorted(self.store.sizes(INDEX)):
+            try:
+                table = pq.read_table(io.BytesIO(self.store.read(f"{INDEX}/{name}") or b""))
+                index.update(
+                    (key, text.encode())
+                    for key, text in zip(table["key"].to_pylist(), table["record"].to_pylist(), strict=True)
+                )
+            except (pa.ArrowException, OSError, KeyError):
+                continue  # the records it was made of are still there
+        return index
+
+    def _read_records(self, keys: Collection[str]) -> dict[str, bytes]:
+        def read(key: str) -> tuple[str, bytes]:
+            return key, self.store.read(f"commits/{key}.json") or b""
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return dict(pool.map(read, sorted(keys)))
+
+    def _parsed(self, key: str, text: bytes) -> dict[str, Any] | None:
+        try:
+            record = json.loads(text)
+        except ValueError:
+            return None
+        if not isinstance(record, dict) or record.get("key") != key or not record.keys() >= _RECORD_FIELDS:
+            return None
+        for name, folder in (("uri", "videos"), ("thumbnail_uri", "thumbnails")):
+            record[name] = self.store.uri(f"{folder}/{_name_of(record[name])}")
+        return record
+
+    def _publish(self, source: Path, name: str) -> Published:
+        return self._facts(name, created=self.store.create(name, source))
+
+    def _facts(self, name: str, *, created: bool) -> Published:
+        """What lies under the name: read back in full, whoever put it there."""
+        sha256, size_bytes = self.store.digest(name)
+        return Published(name, self.store.uri(name), sha256, size_bytes, created)
 
 
 def _name_of(uri: str) -> str:
     return unquote(uri.rpartition("/")[2])
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """File name -> size in bytes; empty if there is no such folder. Files that vanish meanwhile are left out."""
-    sizes: dict[str, int] = {}
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):
-                    sizes[entry.name] = entry.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except PermissionError as error:
-        raise UsageError(f"output must be readable, got {folder}: {error.strerror}; choose another output=") from error
-    except OSError as error:
-        raise storage_error(error, f"listing {folder}") from error
-    return sizes

@@ -1,17 +1,15 @@
-"""Places and bytes: URIs, listing, atomic writes, create-if-absent. Foreign errors become ours here.
+"""Inputs by URI: finding and opening files on any fsspec store; and small local files. Foreign errors become ours.
 
-Everything is named by URI and reached through fsspec; only what must be atomic on a local disk uses the file
-system directly, because fsspec's local `mode="create"` overwrites silently and its transactions are not atomic
-across devices (both measured).
+Outputs are written through `store.py`.
 """
 
 from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +23,8 @@ from fsspec.core import url_to_fs
 from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+# An unfinished write older than this belongs to nobody: a clip is uploaded in minutes at most.
+ABANDONED_AFTER_S = 3600.0
 
 
 def is_local(uri: str) -> bool:
@@ -96,20 +96,6 @@ def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def create_folder(folder: Path) -> None:
-    """Make `folder` and prove that a file can be written there; UsageError if not."""
-    probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        if error.errno in FULL_DISK_ERRNOS:
-            raise storage_error(error, f"preparing {folder}") from error
-        reason = error.strerror or error
-        raise UsageError(f"output must be writable, got {folder}: {reason}; choose another output=") from error
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` so that a reader sees the old bytes or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
@@ -126,53 +112,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise storage_error(error, f"writing {path}") from error
 
 
-def create_if_absent(path: Path, source: Path) -> bool:
-    """Give the finished file `source` the name `path` unless that name is taken; says if it did.
-
-    A hard link is the one local operation that is both exclusive and never shows a partial file. `source` stays.
-    """
+def sha256_of(path: Path) -> str:
+    """Hash of a local file; our storage error if it cannot be read."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-                raise
-            return _copy_then_link(path, source)
-        _sync_folder(path.parent)
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise storage_error(error, f"writing {path}") from error
-    return True
-
-
-def _copy_then_link(path: Path, source: Path) -> bool:
-    """For a source on another device: copy beside the target first, so that the link stays on one device."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
-    try:
-        shutil.copyfile(source, beside)
-        os.link(beside, path)
-    except FileExistsError:
-        return False
-    finally:
-        beside.unlink(missing_ok=True)
-    return True
-
-
-def create_bytes_if_absent(path: Path, content: bytes, *, scratch: Path) -> bool:
-    """`create_if_absent` for bytes in memory; `scratch` is a name on the same device for the time between."""
-    write_atomically(scratch, content)
-    try:
-        return create_if_absent(path, scratch)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power cut: the name lives in the folder, not in the file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise storage_error(error, f"reading {path}") from error

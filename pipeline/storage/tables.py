@@ -10,7 +10,6 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError
 from pipeline.records.outcome import LedgerEntry
-from pipeline.storage.filesystem import write_atomically
+from pipeline.storage.store import Store
 
 _UTC = pa.timestamp("us", tz="UTC")
 _MONEY = pa.decimal128(38, 14)
@@ -93,12 +92,11 @@ LEDGER_FILE_ENTRIES = 2_000
 RESULTS_FILE_ROWS = 50_000
 
 
-def write_results(folder: Path, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
+def write_results(store: Store, folder: str, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
     """Write the results table: `rows` in the order of the manifest, and its `x_` columns row by row as they are.
 
     Values of rejected rows that do not fit their column are left out: writing never fails for what a row holds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for part, start in enumerate(range(0, max(1, len(rows)), RESULTS_FILE_ROWS)):
         chunk = rows[start : start + RESULTS_FILE_ROWS]
         table = pa.Table.from_arrays([_column(chunk, f) for f in RESULTS_SCHEMA], schema=RESULTS_SCHEMA)
@@ -106,7 +104,7 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, Any]], x_values: pa.
             indices = pa.array([row["row_index"] for row in chunk], pa.int64())
             for name, values in zip(x_values.column_names, x_values.take(indices).columns, strict=True):
                 table = table.append_column(name, values)
-        _write(folder / f"part-{part:05d}.parquet", table)
+        _write(store, f"{folder}/part-{part:05d}.parquet", table)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
@@ -137,10 +135,10 @@ def _fitting(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def _write(store: Store, name: str, table: pa.Table) -> None:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    write_atomically(path, sink.getvalue())
+    store.write(name, sink.getvalue())
 
 
 class LedgerTable:
@@ -149,13 +147,13 @@ class LedgerTable:
     Rewriting the newest file instead of adding one for each flush keeps a night's ledger at a few dozen files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, store: Store, folder: str) -> None:
+        self._store = store
         self._folder = folder
         self._part = 0
         self._entries: list[LedgerEntry] = []
         # What a finished file already holds of entries that were running when it was finished, by worker and start.
         self._shown: dict[tuple[str, str, int], LedgerEntry] = {}
-        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, entries: Iterable[LedgerEntry]) -> None:
         self._entries.extend(self._remainders(entries, forget=True))
@@ -166,7 +164,7 @@ class LedgerTable:
         entries = [*self._entries, *running]
         if not entries:
             return
-        _write(self._folder / f"part-{self._part:05d}.parquet", ledger_table(entries))
+        _write(self._store, f"{self._folder}/part-{self._part:05d}.parquet", ledger_table(entries))
         if len(self._entries) >= LEDGER_FILE_ENTRIES:
             self._part += 1
             self._entries = []
@@ -191,26 +189,32 @@ def ledger_table(entries: Sequence[LedgerEntry]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=LEDGER_SCHEMA)
 
 
-def write_ledger_file(path: Path, entries: Sequence[LedgerEntry]) -> None:
+def write_ledger_file(store: Store, name: str, entries: Sequence[LedgerEntry]) -> None:
     """Add one file to a ledger, for entries that its own run could not write."""
-    _write(path, ledger_table(entries))
+    _write(store, name, ledger_table(entries))
 
 
-def read_rows(folder: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def read_rows(store: Store, folder: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """All rows of a table's folder in file order (only `columns` if given), maps as dicts; none if it is absent."""
     rows: list[dict[str, Any]] = []
-    for file in sorted(folder.glob("*.parquet")):
+    for name in sorted(store.sizes(folder)):
+        if not name.endswith(".parquet"):
+            continue
         try:
-            table = pq.read_table(file, columns=columns)
+            table = pq.read_table(io.BytesIO(store.read(f"{folder}/{name}") or b""), columns=columns)
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"{file} must be readable Parquet, got: {error}; rebuild it from the commits") from error
+            where = store.uri(f"{folder}/{name}")
+            raise UsageError(f"{where} must be readable Parquet, got: {error}; remove it, records remain") from error
         rows.extend(table.to_pylist(maps_as_pydicts="lossy"))
     return rows
 
 
-def read_ledger(folder: Path) -> list[LedgerEntry]:
+def read_ledger(store: Store, run_id: str) -> list[LedgerEntry]:
     """The ledger of a run as entries, oldest first."""
     names = {f.name for f in fields(LedgerEntry)}
-    rows = [{name: value for name, value in row.items() if name in names} for row in read_rows(folder)]
+    rows = [
+        {name: value for name, value in row.items() if name in names}
+        for row in read_rows(store, f"runs/{run_id}/ledger")
+    ]
     entries = [LedgerEntry(**{**row, "cost_usd": Decimal(row["cost_usd"])}) for row in rows]
     return sorted(entries, key=lambda entry: (entry.gpu_id, entry.t0_ns))

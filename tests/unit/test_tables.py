@@ -14,6 +14,7 @@ import pytest
 from pipeline.errors import UsageError
 from pipeline.records.outcome import Failed, LedgerEntry, failed_row, rejected_row, rendered_row, skipped_row
 from pipeline.storage import tables
+from pipeline.storage.local_store import LocalStore
 from pipeline.storage.tables import LedgerTable, read_ledger, read_rows, write_results
 from tests.unit.makers import FACTS, S, entry, item, rendered
 
@@ -86,11 +87,11 @@ def test_results_have_the_contracts_columns_and_the_x_columns_as_they_were(tmp_p
             "x_money": pa.array([Decimal("1.25"), None, None, None], pa.decimal128(10, 2)),
         }
     )
-    write_results(tmp_path, rows, x_values)
-    table = pq.read_table(tmp_path / "part-00000.parquet")
+    write_results(LocalStore(tmp_path), "results", rows, x_values)
+    table = pq.read_table(tmp_path / "results" / "part-00000.parquet")
     assert table.column_names == [*CONTRACT_COLUMNS, *x_values.column_names]
     assert table.select(x_values.column_names).equals(x_values)
-    back = read_rows(tmp_path, columns=CONTRACT_COLUMNS)
+    back = read_rows(LocalStore(tmp_path), "results", columns=CONTRACT_COLUMNS)
     assert [row["status"] for row in back] == ["rendered", "rejected", "failed", "skipped"]
     assert back[0]["tags"] == {"scene": "sea"}
     assert back[0]["started_at"].tzinfo is not None
@@ -100,8 +101,8 @@ def test_results_have_the_contracts_columns_and_the_x_columns_as_they_were(tmp_p
 
 
 def test_an_empty_results_table_still_has_its_columns(tmp_path: Path) -> None:
-    write_results(tmp_path, [], pa.table({}))
-    assert pq.read_schema(tmp_path / "part-00000.parquet").names == CONTRACT_COLUMNS
+    write_results(LocalStore(tmp_path), "results", [], pa.table({}))
+    assert pq.read_schema(tmp_path / "results" / "part-00000.parquet").names == CONTRACT_COLUMNS
 
 
 def spans(entries: list[LedgerEntry]) -> list[tuple[str, float, float]]:
@@ -109,19 +110,19 @@ def spans(entries: list[LedgerEntry]) -> list[tuple[str, float, float]]:
 
 
 def test_a_flush_shows_running_entries_up_to_now_and_the_next_one_replaces_them(tmp_path: Path) -> None:
-    table = LedgerTable(tmp_path)
+    table = LedgerTable(LocalStore(tmp_path), "runs/run-1/ledger")
     table.flush([entry("weight_load", 0, 2)])
-    assert spans(read_ledger(tmp_path)) == [("weight_load", 0, 2)]
+    assert spans(read_ledger(LocalStore(tmp_path), "run-1")) == [("weight_load", 0, 2)]
     table.add([entry("weight_load", 0, 3)])
     table.flush([entry("denoise", 3, 4, "a", 1)])
-    assert spans(read_ledger(tmp_path)) == [("weight_load", 0, 3), ("denoise", 3, 4)]
+    assert spans(read_ledger(LocalStore(tmp_path), "run-1")) == [("weight_load", 0, 3), ("denoise", 3, 4)]
 
 
 def test_a_ledger_of_many_files_stays_a_partition_with_its_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "LEDGER_FILE_ENTRIES", 2)
-    table = LedgerTable(tmp_path)
+    table = LedgerTable(LocalStore(tmp_path), "runs/run-1/ledger")
     t = 0
     for state in ("provisioning", "weight_load", "denoise", "decode", "idle", "denoise", "teardown"):
         # Each entry is flushed twice while it runs, so that file borders fall inside entries.
@@ -130,19 +131,19 @@ def test_a_ledger_of_many_files_stays_a_partition_with_its_cost(
         table.add([entry(state, t, t + 3)])
         t += 3
     table.flush()
-    entries = read_ledger(tmp_path)
-    assert len(list(tmp_path.iterdir())) > 2
+    entries = read_ledger(LocalStore(tmp_path), "run-1")
+    assert len(list((tmp_path / "runs" / "run-1" / "ledger").iterdir())) > 2
     assert entries[0].t0_ns == 0 and entries[-1].t1_ns == t * S
     assert all(a.t1_ns == b.t0_ns for a, b in pairwise(entries))
     assert sum(e.cost_usd for e in entries) == t
 
 
 def test_a_torn_table_is_named(tmp_path: Path) -> None:
-    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    LocalStore(tmp_path).write("results/part-00000.parquet", b"PAR1")
     with pytest.raises(UsageError, match="must be readable Parquet"):
-        read_rows(tmp_path)
+        read_rows(LocalStore(tmp_path), "results")
 
 
 def test_a_missing_table_is_empty(tmp_path: Path) -> None:
-    empty: list[Any] = read_rows(tmp_path / "absent")
+    empty: list[Any] = read_rows(LocalStore(tmp_path), "absent")
     assert empty == []

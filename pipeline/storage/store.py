@@ -1,0 +1,78 @@
+"""One output, wherever it lies: what every store offers, and how to open the one at a URI.
+
+All stores offer the same few operations on names relative to their root. Two of them carry the commit protocol:
+`create` is exclusive (create if absent) and `write` replaces whole; neither ever shows a part.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.errors import UsageError
+from pipeline.storage.filesystem import is_local, local_path
+from pipeline.storage.local_store import LocalStore
+from pipeline.storage.object_store import ObjectStore
+
+
+class Store(Protocol):
+    """Files under one root. Names are relative and use `/`; every method raises our own storage errors."""
+
+    @property
+    def root_uri(self) -> str: ...
+
+    def uri(self, name: str) -> str: ...
+
+    def shown(self, name: str) -> str:
+        """The file as a person would name it on a command line."""
+        ...
+
+    def prepare(self) -> None:
+        """Prove that the root can be written and that `create` is exclusive there; UsageError if not."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file, or None if it is absent."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def create(self, name: str, content: bytes | Path) -> bool:
+        """Create the file if it is absent; says if it did. A `Path` is a finished local file, which stays."""
+        ...
+
+    def replace(self, name: str, source: Path) -> None: ...
+
+    def fetch(self, name: str, target: Path) -> None: ...
+
+    def digest(self, name: str) -> tuple[str, int]:
+        """sha256 (hex) and size in bytes of a file, read back in full."""
+        ...
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Names of the files directly in `folder` -> sizes in bytes; empty if there is none."""
+        ...
+
+    def folders(self, folder: str) -> list[str]: ...
+
+    def delete(self, name: str) -> None: ...
+
+    def delete_folder(self, folder: str) -> None: ...
+
+    def append(self, name: str, line: str) -> bool:
+        """Append a line at once, if the store can; else the caller keeps it and writes the file whole."""
+        ...
+
+    def scratch(self, run_id: str) -> Path:
+        """A local folder for unfinished files of a run, on the output's own disk if it has one."""
+        ...
+
+
+def open_store(uri: str) -> Store:
+    """The store at `uri`: a path, or any URI that fsspec knows."""
+    if is_local(uri):
+        return LocalStore(local_path(uri))
+    try:
+        return ObjectStore(uri)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"output must be a path or a URI that fsspec knows, got {uri!r}: {error}") from error
