@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.assembly.driver_side import make_plan, worker_device, worker_price
@@ -24,7 +23,7 @@ NUM_REJECTIONS_SHOWN = 20
 def quote_job(job: RenderJob, recipes: Mapping[str, RecipeConfig]) -> int:
     """Print what `job` would do and cost, write it to `job.report` if that is set; returns 3 if rows are rejected."""
     try:
-        model_fingerprint = fingerprint(Path(job.model.folder), job.model.name)
+        model_fingerprint = fingerprint(job.model.folder, job.model.name)
     except NotStaged:
         # Without its files nothing can be known to be done; the quote is then for all rows, and says so.
         sys.stdout.write(f"model {job.model.name} is not staged here: every valid row counts as still to render\n")

@@ -9,7 +9,6 @@ import jobs.interrupts  # noqa: F401 - first, so that a signal during slow impor
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 
 from jobs.entry import RenderJob, compose_job, compose_recipes, run_job
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
 def _staged(job: RenderJob) -> str:
     """The model's fingerprint; the model that this project builds itself is built on first use."""
     try:
-        return fingerprint(Path(job.model.folder), job.model.name)
+        return fingerprint(job.model.folder, job.model.name)
     except UsageError:
         if not job.model.built_here:
             raise

@@ -72,6 +72,8 @@ class ModelConfig:
     text_encoder: str = ""
     spatial_upscaler: str = ""
     license: str = ""
+    # Where a worker keeps its copy of a model whose folder is in a bucket.
+    cache: str = "~/.cache/ltx-render-farm"
     # True only for the toy-width model, whose files this project builds itself.
     built_here: bool = False
     clip: ClipDefaults = field(default_factory=ClipDefaults)

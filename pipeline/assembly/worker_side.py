@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from kernels.ops import reference_ops
 from pipeline.config import RecipeConfig, RenderJob
 from pipeline.cost.meter import Meter
@@ -9,6 +12,7 @@ from pipeline.engine.engine import load_engine
 from pipeline.media.mux import EncodeSettings
 from pipeline.records.outcome import RunFacts
 from pipeline.storage.assets import AssetStore
+from pipeline.storage.models import local_copy
 from pipeline.storage.store import open_store
 from pipeline.worker import ClipRecipe, ClipWorker
 
@@ -22,7 +26,8 @@ def build_worker(
     """
     meter.enter("weight_load")
     store = open_store(job.output)
-    engine = load_engine(job.model, job.precision, device=device, ops=reference_ops())
+    model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
+    engine = load_engine(model, job.precision, device=device, ops=reference_ops())
     return ClipWorker(
         engine=engine,
         store=AssetStore(store),

@@ -61,7 +61,9 @@ def expand(uri: str, *, suffix: str, what: str) -> list[str]:
             found = [path]
         else:
             raise UsageError(f"{what} must exist, got {uri!r}; check the path")
-    except (OSError, ValueError, ImportError) as error:
+    except UsageError:
+        raise
+    except Exception as error:
         raise UsageError(f"{what} must be readable, got {uri!r}: {error}; check path and permissions") from error
     if not found:
         raise UsageError(f"{what} must hold at least one {suffix} file, got {uri!r}; check the path")
@@ -90,10 +92,25 @@ def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
     try:
         fs, path = _filesystem_of(uri)
         stream: Any = fs.open(path, "rb")
-    except OSError as error:
+    except Exception as error:
         raise UsageError(f"{uri} must be readable, got: {error}; check the path and its permissions") from error
     with stream:
         yield stream
+
+
+def exists(uri: str) -> bool:
+    return size_of(uri) is not None
+
+
+def size_of(uri: str) -> int | None:
+    """Size in bytes of a file, or None if there is none; UsageError if the place cannot be looked at."""
+    fs, path = _filesystem_of(uri)
+    try:
+        return int(fs.size(path))
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise UsageError(f"{uri} must be readable, got: {error}; check the path and the credentials") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""A model's files on disk and their fingerprint: hashed once when they are staged, kept in a sidecar.
+"""A model's files, on a disk or in a bucket, and their fingerprint, hashed once at staging and kept in a sidecar.
 
 At the start of a job only sizes are compared, so a 43 GB checkpoint costs nothing; the hash was paid for before.
 """
@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.storage.filesystem import write_atomically
+from pipeline.storage.filesystem import (
+    exists,
+    is_local,
+    local_path,
+    open_for_reading,
+    sha256_of,
+    size_of,
+    storage_error,
+    write_atomically,
+)
 
 
 class NotStaged(UsageError):
@@ -53,22 +64,56 @@ def stage(folder: Path, model: str, parts: Mapping[str, str]) -> str:
     return fingerprint
 
 
-def fingerprint(folder: Path, model: str) -> str:
-    """The staged model's fingerprint; UsageError if it is not staged or its files are not those that were hashed."""
+def fingerprint(folder: str, model: str) -> str:
+    """The staged model's fingerprint; `folder` is a path or a URI.
+
+    Raises NotStaged if it has no sidecar, UsageError if its files are not those that were hashed.
+    """
+    return str(_sidecar(folder, model)["fingerprint"])
+
+
+def local_copy(folder: str, model: str, cache: Path) -> Path:
+    """The model's folder on this machine: itself, or a copy in `cache` that is fetched once and checked by hash."""
+    if is_local(folder):
+        return local_path(folder)
+    sidecar = _sidecar(folder, model)
+    target = cache.expanduser() / str(sidecar["fingerprint"])[:16]
+    for name, facts in sidecar["files"].items():
+        path = target / name
+        if path.is_file() and path.stat().st_size == facts["size_bytes"]:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with open_for_reading(f"{folder.rstrip('/')}/{name}") as source, part.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 16 << 20)
+            if sha256_of(part) != facts["sha256"]:
+                raise UsageError(
+                    f"{folder}/{name} must be the file that was staged, got another; stage the model again"
+                )
+            part.replace(path)
+        except OSError as error:
+            raise storage_error(error, f"fetching {folder}/{name}") from error
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def _sidecar(folder: str, model: str) -> dict[str, Any]:
     way_out = f"run: python -m jobs.stage_weights model={model} model.folder={folder}"
+    where = f"{folder.rstrip('/')}/{SIDECAR.format(model=model)}"
+    if not exists(where):
+        raise NotStaged(f"model {model} must be staged, got no {where}; {way_out}")
     try:
-        sidecar: dict[str, Any] = json.loads(sidecar_path(folder, model).read_bytes())
-    except FileNotFoundError as error:
-        raise NotStaged(f"model {model} must be staged, got no {sidecar_path(folder, model)}; {way_out}") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{sidecar_path(folder, model)} must be readable JSON, got: {error}; {way_out}") from error
-    changed = [
-        name for name, facts in sidecar["files"].items()
-        if not (folder / name).is_file() or (folder / name).stat().st_size != facts["size_bytes"]
-    ]  # fmt: skip
+        with open_for_reading(where) as stream:
+            sidecar: dict[str, Any] = json.loads(stream.read())
+    except ValueError as error:
+        raise UsageError(f"{where} must be readable JSON, got: {error}; {way_out}") from error
+    sizes = {name: size_of(f"{folder.rstrip('/')}/{name}") for name in sidecar["files"]}
+    changed = [name for name, facts in sidecar["files"].items() if sizes[name] != facts["size_bytes"]]
     if changed:
         shown = ", ".join(changed[:5])
         raise UsageError(
             f"files of model {model} in {folder} must be those that were staged, changed or missing: {shown}; {way_out}"
         )
-    return str(sidecar["fingerprint"])
+    return sidecar

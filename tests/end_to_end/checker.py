@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,14 @@ def decoded_frames(video: Path) -> int:
 
 
 def check_nothing_was_done_twice(output: Path) -> None:
-    committed_at = {record["key"]: (output / "commits" / f"{record['key']}.json").stat().st_mtime_ns
-                    for record in records_of(output)}  # fmt: skip
+    """Runs of one after the other: an attempt that starts after a record was finished does again what is done."""
+    finished_ns = {
+        record["key"]: datetime.fromisoformat(record["finished_at"]).timestamp() * 1e9 for record in records_of(output)
+    }
     for run in runs_of(output):
         for event in events_of(run):
-            if event["event"] == "attempt_started" and event["key"] in committed_at:
-                assert event["at_ns"] <= committed_at[event["key"]], f"{event['id']} was done twice"
+            if event["event"] == "attempt_started" and event["key"] in finished_ns:
+                assert event["at_ns"] <= finished_ns[event["key"]], f"{event['id']} was done twice"
 
 
 def check_partition(run: Path) -> None:
