@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import UsageError, WorkerLost
 from pipeline.records.outcome import NS_PER_S, LedgerEntry, WorkerSeat
+from pipeline.storage.processes import place, start_ticks
 from pipeline.storage.store import Store
 from pipeline.storage.tables import LedgerTable, read_ledger, write_ledger_file, write_results
 
@@ -249,37 +248,11 @@ def _lease(now_ns: int) -> dict[str, Any]:
     pid = os.getpid()
     return {
         "renewed_ns": now_ns, "expires_ns": now_ns + LEASE_S * NS_PER_S,
-        "place": _place(), "pid": pid, "start": _start_ticks(pid),
+        "place": place(), "pid": pid, "start": start_ticks(pid),
     }  # fmt: skip
 
 
 def _is_alive(lease: Mapping[str, Any], now_ns: int) -> bool:
-    if lease.get("place") == _place():
-        return _start_ticks(int(lease["pid"])) == lease.get("start") is not None
+    if lease.get("place") == place():
+        return start_ticks(int(lease["pid"])) == lease.get("start") is not None
     return now_ns < int(lease.get("expires_ns", 0))
-
-
-def _place() -> str:
-    """Where process ids mean the same processes: machine, boot, and PID namespace (containers share the first two)."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the target is a name, not a path
-    except OSError:
-        namespace = ""
-    return f"{socket.gethostname()} {_boot_id()} {namespace}"
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _start_ticks(pid: int) -> str | None:
-    """When process `pid` started, in clock ticks since boot; None if there is no such process (or no /proc)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *after_name = stat.rpartition(")")[2].split()
-    return None if state == "Z" else after_name[18]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UsageError, WorkerLost
-from pipeline.storage import runs
+from pipeline.storage import local_store, runs
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.runs import RunFolder, close_dead_runs, read_events, read_run
 from pipeline.storage.store import Store
@@ -46,7 +46,7 @@ def dead(store: Store, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     folder.set_workers([seat()])
     folder.write_ledger([entry("weight_load", 0, 3)], [entry("denoise", 3, 4, "row-0", 1)], 4 * S)
     store.write("_attempts/run-1/leftover.mp4", b"half a clip")
-    monkeypatch.setattr(runs, "_start_ticks", lambda pid: None)
+    monkeypatch.setattr(runs, "start_ticks", lambda pid: None)
     return folder
 
 
@@ -148,16 +148,17 @@ def test_events_survive_a_line_that_was_cut_short(tmp_path: Path) -> None:
     assert [event["id"] for event in read_events(store, "run-1")] == ["a"]
 
 
-def test_half_written_files_on_a_disk_are_swept_only_when_they_are_old(tmp_path: Path) -> None:
+def test_half_written_files_are_swept_when_their_writer_is_gone_or_they_are_old(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    half = tmp_path / "_attempts" / ".123.abc"
-    half.parent.mkdir()
-    half.write_bytes(b"half")
+    attempts = tmp_path / "_attempts"
+    attempts.mkdir()
+    mine, machine = local_store._writer(), local_store._writer().partition("-")[0]
+    names = {f".{mine}-a": True, f".{machine}-1-0-b": False, ".elsewhere-1-0-c": True, ".elsewhere-1-0-old": False}
+    for name in names:
+        (attempts / name).write_bytes(b"half")
+    os.utime(attempts / ".elsewhere-1-0-old", (time.time() - 4000, time.time() - 4000))
     store.prepare()
-    assert half.exists()
-    os.utime(half, (time.time() - 4000, time.time() - 4000))
-    store.prepare()
-    assert not half.exists()
+    assert {name: (attempts / name).exists() for name in names} == names
 
 
 def test_a_folder_that_is_no_run_is_refused(store: Store) -> None:
