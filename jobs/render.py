@@ -20,11 +20,14 @@ from pipeline.assembly.driver_side import Run, make_plan
 from pipeline.cluster.driver import StopRequest
 from pipeline.cluster.progress import say
 from pipeline.errors import UsageError
+from pipeline.planning.reach import in_submitted_job, refuse_lost_paths
 from pipeline.storage.models import fingerprint
 
 
 def main(argv: list[str]) -> int:
     job = compose_job(RenderJob, "render", argv)
+    if in_submitted_job(os.environ):
+        refuse_lost_paths(job, in_package=lambda path: Path(path).exists() or any(Path().glob(path)))
     recipes = compose_recipes("render", argv)
     if job.dry_run:
         return quote_job(job, recipes)
