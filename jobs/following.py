@@ -130,7 +130,7 @@ def follow(client: JobClient, job_id: str, address: str, stop: StopFlag, patienc
 
 
 def exit_code(info: Any, job_id: str) -> int:
-    """The contract's exit code for a job that has ended; where there is more to say, raises the error with that code."""
+    """The contract's exit code for a job that has ended; if there is more to say, raises the error with that code."""
     status, code = str(info.status), info.driver_exit_code
     if status == "SUCCEEDED":
         return 0
