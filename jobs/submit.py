@@ -138,7 +138,7 @@ def connect(address: str) -> Cluster:
 
 
 def _token_header(address: str) -> dict[str, str]:
-    """Ray's token, from wherever Ray takes it. Its client sends one only with RAY_AUTH_MODE=token set; this one does."""
+    """Ray's token from wherever Ray takes it. Its own client sends one only with RAY_AUTH_MODE=token; this one always."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Renders submitted to a real Ray head with default settings, token authentication on: exit codes as in the contract."""
+"""Renders submitted to a real Ray head, token authentication on, otherwise default settings: the exit codes."""
 
 from __future__ import annotations
 
