@@ -138,12 +138,12 @@ def exit_code(info: Any, job_id: str) -> int:
         raise Interrupted(f"job {job_id} was stopped; the same command goes on from here")
     if code in RENDER_EXIT_CODES:
         return int(code)
-    message = str(info.message or "no message").strip()[-MAX_MESSAGE_CHARS:]
     if code is not None:
         raise PipelineError(
-            f"job {job_id} ended with code {code}, which is none of the render's: it was killed, or never started; "
-            f"{message}"
+            f"job {job_id} ended with code {code}, which is none of the render's: it was killed (-9, 137: out of memory "
+            "as a rule) or could not start (127); see the end of its log above"
         )
+    message = str(info.message or "no message").strip()[-MAX_MESSAGE_CHARS:]
     raise PipelineError(f"job {job_id} failed outside the render ({info.error_type}): {message}")
 
 

@@ -138,7 +138,7 @@ def connect(address: str) -> Cluster:
 
 
 def _token_header(address: str) -> dict[str, str]:
-    """Ray's token from wherever Ray takes it. Its own client sends one only with RAY_AUTH_MODE=token; this one always."""
+    """Ray's token, from wherever Ray takes it, also without RAY_AUTH_MODE=token, which Ray's own client insists on."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return {}
     try:
@@ -148,7 +148,9 @@ def _token_header(address: str) -> dict[str, str]:
 
 
 def _refused_token(address: str, error: Exception) -> UsageError:
-    return UsageError(f"{address} needs a valid token: {_first_line(error)}; {TOKEN_WAY_OUT}")
+    # Ray's first sentence says what is wrong, the others what to do about it in general.
+    reason = re.split(r"\.+ ", _first_line(error))[0]
+    return UsageError(f"{address} needs a valid token: {reason}; {TOKEN_WAY_OUT}")
 
 
 def _num_nodes(cluster: Cluster, address: str) -> int:
@@ -215,7 +217,7 @@ def _environment(names: list[str], environ: Mapping[str, str]) -> dict[str, str]
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Head:
     """A running head node, and the environment of a user who has its token."""
 
     address: str
+    gcs_address: str
     environ: dict[str, str]
     token: str
     model_folder: Path
@@ -92,15 +93,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
     # Sockets lie in it, whose paths may have 107 characters at most.
     temporary = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
-    port = _free_port()
-    arguments = ["--head", "--port=0", f"--dashboard-port={port}", f"--temp-dir={temporary}", "--num-cpus=2", "--block",
-                 f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}",
+    port, gcs_port = _free_port(), _free_port()
+    arguments = ["--head", f"--port={gcs_port}", f"--dashboard-port={port}", f"--temp-dir={temporary}",
+                 "--num-cpus=2", "--block", f"--dashboard-agent-listen-port={_free_port()}",
+                 f"--ray-client-server-port={_free_port()}",
                  "--include-dashboard=true", "--object-store-memory=100000000", "--disable-usage-stats"]  # fmt: skip
     with (home / "head.log").open("w") as log:
         process = subprocess.Popen([ray, "start", *arguments], env=environ, stdout=log, stderr=log,
                                    start_new_session=True)  # fmt: skip
     try:
-        head = Head(f"http://127.0.0.1:{port}", environ, token, model_folder)
+        head = Head(f"http://127.0.0.1:{port}", f"127.0.0.1:{gcs_port}", environ, token, model_folder)
         _wait_until_ready(head, process, home / "head.log")
         yield head
     finally:

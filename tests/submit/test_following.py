@@ -82,7 +82,7 @@ def test_the_renders_own_code_is_returned(info: Any, code: int) -> None:
         (_info("STOPPED"), 5, "was stopped; the same command goes on"),
         (_info("FAILED", 137), 6, "ended with code 137"),
         (_info("FAILED", -9), 6, "ended with code -9"),
-        (_info("FAILED", 127, message="sh: python: not found"), 6, "python: not found"),
+        (_info("FAILED", 127, message="sh: python: not found"), 6, "could not start (127); see the end of its log"),
         (_info("FAILED", None, "RUNTIME_ENV_SETUP_FAILURE", "no space"), 6, "RUNTIME_ENV_SETUP_FAILURE): no space"),
         (_info("FAILED", None, "JOB_SUPERVISOR_ACTOR_DIED", "node lost"), 6, "node lost"),
     ],
