@@ -140,8 +140,8 @@ def exit_code(info: Any, job_id: str) -> int:
         return int(code)
     if code is not None:
         raise PipelineError(
-            f"job {job_id} ended with code {code}, which is none of the render's: it was killed (-9, 137: out of memory "
-            "as a rule) or could not start (127); see the end of its log above"
+            f"job {job_id} ended with code {code}, which is none of the render's: it was killed "
+            "(-9 or 137: out of memory, mostly) or could not start (127); see the end of its log above"
         )
     message = str(info.message or "no message").strip()[-MAX_MESSAGE_CHARS:]
     raise PipelineError(f"job {job_id} failed outside the render ({info.error_type}): {message}")
