@@ -27,6 +27,7 @@ from pipeline.config import (
     RenderJob,
     ReportJob,
     StageWeightsJob,
+    SubmitJob,
     from_tree,
     leaf_keys,
     set_verbatim,
@@ -40,6 +41,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 VERBATIM_KEYS = (
     "manifest", "output", "report", "run", "ids", "run_id",
     "model.folder", "model.checkpoint", "model.text_encoder", "model.spatial_upscaler",
+    "address", "submission_id",
 )  # fmt: skip
 FLAGS = ("--help", "-h", "--cfg")
 T = TypeVar("T")
@@ -184,4 +186,4 @@ def _exit_after(text: str) -> None:
     raise SystemExit(0)
 
 
-__all__ = ["RenderJob", "ReportJob", "StageWeightsJob", "compose_job", "compose_recipes", "run_job"]
+__all__ = ["RenderJob", "ReportJob", "StageWeightsJob", "SubmitJob", "compose_job", "compose_recipes", "run_job"]

@@ -9,6 +9,8 @@ import jobs.interrupts  # noqa: F401 - first, so that a signal during slow impor
 import os
 import signal
 import sys
+import threading
+from pathlib import Path
 from types import FrameType
 
 from jobs.entry import RenderJob, compose_job, compose_recipes, run_job
@@ -19,11 +21,17 @@ from pipeline.assembly.driver_side import Run, make_plan
 from pipeline.cluster.driver import StopRequest
 from pipeline.cluster.progress import say
 from pipeline.errors import UsageError
+from pipeline.planning.reach import in_submitted_job, refuse_lost_paths
 from pipeline.storage.models import fingerprint
+
+# From a signal to the end of the process. `ray job stop` kills after 3 s.
+END_WITHIN_S = 2.2
 
 
 def main(argv: list[str]) -> int:
     job = compose_job(RenderJob, "render", argv)
+    if in_submitted_job(os.environ):
+        refuse_lost_paths(job, in_package=lambda path: Path(path).exists() or any(Path().glob(path)))
     recipes = compose_recipes("render", argv)
     if job.dry_run:
         return quote_job(job, recipes)
@@ -49,6 +57,11 @@ def _stop_on_signals() -> StopRequest:
     def ask(signum: int, frame: FrameType | None) -> None:
         if stop.reason is not None:
             os._exit(EXIT_INTERRUPTED)
+        # Closing the books takes moments, but a store that does not answer may hold them up: what is written is whole
+        # at any time, so the process can end without them.
+        last = threading.Timer(END_WITHIN_S, os._exit, (EXIT_INTERRUPTED,))
+        last.daemon = True
+        last.start()
         stop.reason = f"interrupted ({signal.Signals(signum).name}); the same command goes on from here"
         say(sys.stderr, "\nstopping: what is committed stays, the rest is resumable")
 

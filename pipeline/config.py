@@ -184,6 +184,8 @@ class ClusterConfig:
     # The nano model on one thread of a 2-core machine took 11 times as long as 0.05 TFLOP/s says (2026-11-20).
     assumed_cpu_tflops: float = 0.0045
     assumed_gpu_tflops: float = 400.0
+    # Every node sees `output` under the same path (NFS, say), so it may be a plain path on several nodes.
+    shared_output: bool = False
 
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "cluster.device", "auto, cpu or cuda", self.device, "use auto")
@@ -304,6 +306,28 @@ class StageWeightsJob:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     log_level: str = "warning"
+
+
+@dataclass
+class SubmitJob:
+    """What `jobs.submit` reads itself; every other argument is one of `jobs.render`."""
+
+    # The cluster's dashboard, such as http://host:8265.
+    address: str = MISSING
+    # false prints the submission id and leaves the job to itself.
+    wait: bool = True
+    # Ray's name for the job; a fresh one if left out.
+    submission_id: str | None = None
+    # Names of local environment variables that the job gets too, with their values. Nothing else is handed over.
+    env: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        ok = re.fullmatch(r"https?://[^/]\S*", self.address) is not None
+        _require(ok, "address", "the URL of a Ray dashboard", self.address, "give one like http://host:8265")
+        if self.submission_id is not None:
+            ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.submission_id) is not None
+            way_out = "leave it out for a fresh one"
+            _require(ok, "submission_id", "letters, digits, '.', '_' and '-'", self.submission_id, way_out)
 
 
 def to_plain(value: object) -> dict[str, object]:

@@ -41,6 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.report": {"pipeline.errors", "pipeline.config", "pipeline.records", "pipeline.cost", "pipeline.storage"},
     "pipeline.planning": {"pipeline.errors", "pipeline.config", "pipeline.geometry", "pipeline.records",
                           "pipeline.cost.pricing"},
+    # Judges which paths a submitted job can reach, so it asks what a local URI is.
+    "pipeline.planning.reach": {"pipeline.errors", "pipeline.config", "pipeline.storage.filesystem"},
     "pipeline.engine": {"pipeline.errors", "pipeline.config", "pipeline.geometry", "pipeline.telemetry",
                         "pipeline.records.request", "kernels.ops", "pipeline.model"},
     "pipeline.worker": {"pipeline.config", "pipeline.records", "pipeline.telemetry", "pipeline.engine.engine",
@@ -61,8 +63,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs.quote": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side", "pipeline.cost.pricing",
                    "pipeline.planning", "pipeline.storage"},
     "jobs.render": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side",
-                    "pipeline.cluster.driver", "pipeline.cluster.progress", "pipeline.storage.models"},
+                    "pipeline.cluster.driver", "pipeline.cluster.progress", "pipeline.storage.models",
+                    "pipeline.planning.reach"},
     "jobs.report": {"pipeline.config", "pipeline.errors", "pipeline.report.rebuild", "pipeline.storage.store"},
+    "jobs.submit": {"pipeline.config", "pipeline.errors", "pipeline.planning.reach"},
     "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.engine.nano"},
 }  # fmt: skip
 
@@ -81,7 +85,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "hydra": ("jobs",),
     # jobs.entry names a type and an error of it.
     "omegaconf": ("pipeline.config", "jobs.entry"),
-    "ray": (),
+    # The packaging and the job client; ray is not imported by what runs inside the job.
+    "ray": ("jobs.submit",),
 }
 
 # Imports inside functions: module -> why it may.
