@@ -6,6 +6,7 @@ been answered.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from pipeline.cost.pricing import UnitPrice
 from pipeline.errors import PipelineError, WorkerLost
 from pipeline.records.outcome import LedgerEntry, WorkerSeat
 from pipeline.records.work import WorkItem
+
+log = logging.getLogger(__name__)
 
 # How long an actor's `poll` waits for news: the ledger's running entries are at most this old.
 POLL_S = 0.25
@@ -78,7 +81,7 @@ class RayPool:
         self._plan = plan
         self._now_ns = now_ns
         self._session = RaySession(plan.start_timeout_s)
-        self._is_up = self._is_started = self._is_stopped = False
+        self._is_up = self._is_started = self._is_stopped = self._has_warned = False
         self._hands: list[_Hand] = []
         self._seats: dict[str, WorkerSeat] = {}
         self._closed: list[LedgerEntry] = []
@@ -147,7 +150,7 @@ class RayPool:
             self._num_wanted = self._plan.num_workers or self._auto_workers()
             for _ in range(self._num_wanted):
                 self._ask()
-        self._drop_late_starters()
+        self._check_late_starters()
         waiting = {ref: hand for hand in self._hands for ref in (hand.pending, hand.handing_in) if ref is not None}
         if not waiting:
             return
@@ -287,17 +290,17 @@ class RayPool:
         pids = [hand.hello.pid for hand in hands if hand.hello is not None and hand.hello.ray_node_id == here]
         wait_until_gone(pids, GONE_S)
 
-    def _drop_late_starters(self) -> None:
-        """Give up workers that no node has room for. An explicit number is a demand; else some are better than none."""
+    def _check_late_starters(self) -> None:
+        """If no worker found a place in time the job ends. If some did it goes on, and the others may still come."""
         late_s = time.monotonic() - self._plan.start_timeout_s
         late = [hand for hand in self._hands if not hand.is_up and hand.asked_s < late_s]
         if not late:
             return
-        is_demand = self._plan.num_workers is not None and self._num_asked == self._num_wanted
-        if is_demand or len(late) == len(self._hands):
+        if len(late) == len(self._hands):
             raise PipelineError(self._shortage(len(late)))
-        self._hands = [hand for hand in self._hands if hand not in late]
-        self._end(late)
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning("going on with fewer workers: %s", self._shortage(len(late)))
 
     def _shortage(self, num_late: int) -> str:
         kind = "GPU" if self._plan.device == "cuda" else "CPU"

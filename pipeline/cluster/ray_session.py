@@ -46,11 +46,6 @@ class RaySession:
         self._deadline_s = 0.0
         self._children_before: set[int] = set()
 
-    @property
-    def starts_its_own(self) -> bool:
-        """If the cluster is one that we started: nobody else uses it, and it does not grow."""
-        return self._folder is not None
-
     def open(self) -> None:
         """Start connecting; `wait_until_up` says when it is done."""
         if ray.is_initialized():
