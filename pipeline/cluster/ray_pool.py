@@ -81,7 +81,7 @@ class RayPool:
         self._plan = plan
         self._now_ns = now_ns
         self._session = RaySession(plan.start_timeout_s)
-        self._is_up = self._is_started = self._is_stopped = self._has_warned = False
+        self._is_up = self._is_started = self._is_over = self._has_warned = False
         self._hands: list[_Hand] = []
         self._seats: dict[str, WorkerSeat] = {}
         self._closed: list[LedgerEntry] = []
@@ -102,11 +102,12 @@ class RayPool:
 
     def next_event(self, timeout_s: float) -> PoolEvent | None:
         deadline_s = time.monotonic() + timeout_s
-        while not self._events and not self._is_stopped:
+        while not self._events and not self._is_over:
             left_s = max(0.0, deadline_s - time.monotonic())
             try:
                 self._advance(left_s)
             except PipelineError as error:
+                self._is_over = True
                 self._events.append(WorkerBroken(error))
             if time.monotonic() >= deadline_s:
                 break
@@ -121,7 +122,7 @@ class RayPool:
 
     def stop(self, *, abandon: bool) -> None:
         """Take the last reports, end every actor and see that its process is gone; then leave Ray."""
-        self._is_stopped = True
+        self._is_over = True
         stopping = {hand.actor.stop.remote(abandon): hand for hand in self._hands if hand.seat is not None}
         if stopping:
             answered, _ = ray.wait(

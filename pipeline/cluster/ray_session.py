@@ -161,7 +161,7 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
-        raise refused(str(error)) from error
+        raise refused(str(error)) from None  # not a bug: no traceback
 
 
 def wait_until_gone(pids: list[int], timeout_s: float) -> None:

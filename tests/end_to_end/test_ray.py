@@ -110,11 +110,13 @@ def test_a_killed_driver_leaves_no_process_and_a_rerun_after_a_killed_worker_is_
     output = tmp_path / "out"
     process = start(arguments)
     wait_until(lambda: MOMENTS["rendering"](process.pid, output))
-    pids = below(process.pid)
+    workers_then = {pid for pid in below(process.pid) if is_worker(pid)}
+    assert len(workers_then) == 2
     process.kill()
     process.communicate()
     killed_pid = process.pid
-    check_nothing_is_left(killed_pid, pids, within_s=10)
+    # Workers are gone in 2 s; two small agents of Ray itself look for their parent less often.
+    check_nothing_is_left(killed_pid, workers_then, within_s=5)
     process = start(arguments)
 
     def workers() -> list[int]:
