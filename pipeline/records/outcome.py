@@ -218,6 +218,7 @@ def recovered_row(item: WorkItem, record: Mapping[str, Any], facts: RunFacts) ->
     row.update(
         attempts=record["attempt"],
         rendered_by_run=record["run_id"],
+        peak_gpu_memory_bytes=record["peak_gpu_memory_bytes"],
         **{name: datetime.fromisoformat(record[name]) for name in ("started_at", "finished_at")},
     )
     return row
