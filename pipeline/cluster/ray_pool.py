@@ -33,7 +33,7 @@ NUM_PINGS = 3
 # So many workers lost in a row, with no item ended in between, are not bad luck.
 MAX_LOST_IN_A_ROW = 4
 # What an actor may take for its last report: a stop that is in a hurry, and one that waits for the worker's thread.
-HURRY_S, PATIENCE_S = 0.4, 12.0
+HURRY_S, PATIENCE_S = 0.6, 12.0
 GONE_S = 0.3
 
 
@@ -123,21 +123,27 @@ class RayPool:
     def stop(self, *, abandon: bool) -> None:
         """Take the last reports, end every actor and see that its process is gone; then leave Ray."""
         self._is_over = True
-        stopping = {hand.actor.stop.remote(abandon): hand for hand in self._hands if hand.seat is not None}
-        if stopping:
-            answered, _ = ray.wait(
-                list(stopping), num_returns=len(stopping), timeout=HURRY_S if abandon else PATIENCE_S
-            )
-            for ref in answered:
-                try:
-                    self._take(stopping[ref], ray.get(ref))
-                except RayError:
-                    continue  # it died meanwhile; closed below like any dead worker
+        self._take_last_reports(HURRY_S if abandon else PATIENCE_S, abandon)
         hands, self._hands = self._hands, []
         for hand in hands:
             self._close_seat(hand)
         self._end(hands)
         self._session.close(abandon=abandon)
+
+    def _take_last_reports(self, timeout_s: float, abandon: bool) -> None:
+        """Both of each worker: the one it was asked for before, which took entries along, and the one of its stop."""
+        held = [hand for hand in self._hands if hand.seat is not None]
+        asked = {ref: hand for hand in held for ref in (hand.pending, hand.actor.stop.remote(abandon))}
+        if not asked:
+            return
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+        for ref in (ref for ref in asked if ref in answered):
+            try:
+                report = ray.get(ref)
+            except RayError:
+                continue  # it died meanwhile; closed like any dead worker
+            if isinstance(report, Report):
+                self._take(asked[ref], report)
 
     def _free(self) -> list[_Hand]:
         return [hand for hand in self._hands if hand.is_ready and hand.item is None]

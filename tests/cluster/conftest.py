@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.cluster.driver import Driver, Ending, StopRequest
 from pipeline.cluster.pool import WorkerFactory
 from pipeline.cluster.progress import Counts, Progress
 from pipeline.cluster.ray_pool import RayPool, WorkerPlan
+from pipeline.cluster.ray_session import _descendants
 from pipeline.cost.meter import utc_clock
 from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.policy import Admission
@@ -101,16 +103,12 @@ def check_seats(log: MemoryLog) -> None:
 
 
 def actor_pids() -> list[int]:
-    """Processes of this machine that hold one of our actors and still live."""
+    """Living processes under this one that hold one of our actors: others may run theirs on the same machine."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes()
-            owner = folder.stat().st_uid
-        except OSError:
-            continue
-        if title.startswith(b"ray::WorkerProcess") and owner == os.getuid():
-            found.append(int(folder.name))
+    for pid in _descendants(os.getpid()):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::WorkerProcess"):
+                found.append(pid)
     return found
 
 
