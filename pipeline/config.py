@@ -179,6 +179,13 @@ class ClusterConfig:
     """Where workers run, and at what rate they are assumed to compute until a calibration says better."""
 
     name: str = "in_process"
+    # in_process: one worker on a thread of the driver. ray: worker processes on the cluster that RAY_ADDRESS names, or
+    # on a Ray of this machine that the job starts and ends itself.
+    pool: str = "in_process"
+    # Of the Ray pool; left out: one for each GPU of the cluster, on CPU one for each core, never more than clips.
+    num_workers: int | None = None
+    # How long a worker may wait for free resources, and Ray for its start.
+    start_timeout_s: float = 60.0
     # auto takes the GPU if this machine has one.
     device: str = "auto"
     # The nano model on one thread of a 2-core machine took 11 times as long as 0.05 TFLOP/s says (2026-11-20).
@@ -189,6 +196,13 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "cluster.device", "auto, cpu or cuda", self.device, "use auto")
+        pools = ("in_process", "ray")
+        _require(self.pool in pools, "cluster.pool", " or ".join(pools), self.pool, "use cluster=local for Ray")
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "cluster.num_workers", "1 or more", self.num_workers, "leave it out")
+            ok = self.num_workers == 1 or self.pool == "ray"
+            _require(ok, "cluster.num_workers", "1 in one process", self.num_workers, "use cluster=local for more")
+        _require(self.start_timeout_s > 0, "cluster.start_timeout_s", "above 0", self.start_timeout_s, "use 60")
         for name in ("assumed_cpu_tflops", "assumed_gpu_tflops"):
             _require(getattr(self, name) > 0, f"cluster.{name}", "above 0", getattr(self, name), "leave it out")
 

@@ -30,6 +30,10 @@ class InvalidRequest(PipelineError):
         super().__init__("; ".join(problems))
         self.problems = problems
 
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[tuple[str, ...]]]:
+        # Exceptions are rebuilt from their text, which this one does not take.
+        return type(self), (self.problems,)
+
 
 class EngineFault(PipelineError):
     """The renderer produced something it must not (non-finite latents, a wrong frame count, a broken file)."""
@@ -72,6 +76,7 @@ FAULTS: tuple[type[PipelineError], ...] = (
     StorageUnavailable,
     UsageError,
     EngineFault,
+    WorkerLost,
 )
 
 

@@ -1,4 +1,4 @@
-"""Structured log lines and the stage callback. Standard library only, so that every floor may use it."""
+"""Structured log lines, what they are about, and the stage callback. Standard library only: every floor may use it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,28 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 # Called with the name of the state that a worker's device enters ("denoise", "decode", ...). The names are
 # those of the ledger (README, "The contract"); whoever accounts for time supplies the function.
 OnStage = Callable[[str], None]
+
+
+# What every log line of this thread is about: the worker, and the row it works for.
+_about: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
+
+
+@contextmanager
+def log_about(**facts: Any) -> Iterator[None]:
+    """Within the `with`, each log line of this thread also carries `facts`."""
+    token = _about.set({**(_about.get() or {}), **facts})
+    try:
+        yield
+    finally:
+        _about.reset(token)
 
 
 class JsonLines(logging.Formatter):
@@ -23,6 +40,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line.update(_about.get() or {})
         line.update(getattr(record, "facts", {}))
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

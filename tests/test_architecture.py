@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
                         "pipeline.cost.meter", "pipeline.errors"},
     # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions.
     "pipeline.cluster": {"pipeline.errors", "pipeline.config", "pipeline.telemetry", "pipeline.records",
-                         "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.cost.meter"},
+                         "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.cost.meter",
+                         "pipeline.cost.pricing"},
     "pipeline.assembly.worker_side": {"pipeline.config", "pipeline.worker", "pipeline.engine", "pipeline.model",
                                       "kernels.ops", "pipeline.storage.assets", "pipeline.storage.models",
                                       "pipeline.storage.store", "pipeline.cost.meter",
@@ -85,13 +86,13 @@ FENCES: dict[str, tuple[str, ...]] = {
     "hydra": ("jobs",),
     # jobs.entry names a type and an error of it.
     "omegaconf": ("pipeline.config", "jobs.entry"),
-    # The packaging and the job client; ray is not imported by what runs inside the job.
-    "ray": ("jobs.submit",),
+    # The workers, and the packaging and client of submitted jobs.
+    "ray": ("pipeline.cluster.actor", "pipeline.cluster.ray_pool", "pipeline.cluster.ray_session", "jobs.submit"),
 }
 
 # Imports inside functions: module -> why it may.
 FUNCTION_IMPORTS = {
-    "pipeline.assembly.driver_side": "the worker factory: torch loads in workers only",
+    "pipeline.assembly.driver_side": "the worker factory and the Ray pool: torch loads in workers, ray when asked for",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
 }
 
@@ -236,7 +237,7 @@ def test_our_kernels_folder_is_not_taken_for_the_hugging_face_distribution() -> 
 def test_driver_estimate_and_report_load_without_torch() -> None:
     script = (
         "import sys, jobs.estimate, jobs.report, jobs.render\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'av'} & set(sys.modules)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'av', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, check=False)

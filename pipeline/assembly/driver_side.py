@@ -13,13 +13,14 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.driver import Driver, Ending, StopRequest
 from pipeline.cluster.local_pool import LocalPool
-from pipeline.cluster.pool import Worker
+from pipeline.cluster.pool import Pool, Worker
 from pipeline.cluster.progress import Counts, Progress, say
 from pipeline.config import Price, RecipeConfig, RenderJob, to_plain
 from pipeline.cost.allocation import Allocation, allocate
@@ -130,9 +131,10 @@ class Run:
     def _driver(self, folder: RunFolder) -> Driver:
         queued_ns = self._now_ns()
         plan = self.plan
+        store = AssetStore(self.store)
         return Driver(
             queue=WorkQueue(replace(item, queued_ns=queued_ns) for item in plan.to_render),
-            pool=LocalPool(self._build_worker, self._acquire),
+            pool=self._pool(),
             log=folder,
             facts=self.facts,
             admission=Admission(self.job.budget_usd, self.job.deadline_ns),
@@ -141,13 +143,28 @@ class Run:
             progress=Progress(sys.stderr),
             now_ns=self._now_ns,
             flush_every_s=FLUSH_EVERY_S,
+            committed=lambda item: store.committed([item.key]).get(item.key),
         )
 
-    def _build_worker(self, meter: Meter) -> Worker:
-        # Imported where it is called: this is what loads torch, and only a worker needs it.
-        from pipeline.assembly.worker_side import build_worker
+    def _pool(self) -> Pool:
+        factory = partial(_build_worker, self.job, self.recipes, self.facts, self._device)
+        if self.job.cluster.pool == "in_process":
+            return LocalPool(factory, self._acquire)
+        # Imported where it is called: Ray loads only when it is asked for.
+        from pipeline.cluster.ray_pool import RayPool, WorkerPlan
 
-        return build_worker(self.job, self.recipes, self.facts, self._device, meter)
+        cluster = self.job.cluster
+        plan = WorkerPlan(
+            run_id=self.run_id,
+            device=self._device,
+            price=self._price,
+            threads=self.job.precision.torch_threads,
+            num_workers=cluster.num_workers,
+            max_useful=len(self.plan.to_render),
+            start_timeout_s=cluster.start_timeout_s,
+            log_level=self.job.log_level,
+        )
+        return RayPool(factory, plan, self._now_ns)
 
     def _acquire(self) -> Meter:
         seat = WorkerSeat(
@@ -233,6 +250,15 @@ class Run:
 
     def _timestamp(self) -> str:
         return timestamp(self._now_ns()).isoformat()
+
+
+def _build_worker(
+    job: RenderJob, recipes: dict[str, RecipeConfig], facts: RunFacts, device: str, meter: Meter
+) -> Worker:
+    # Imported where it is called: this is what loads torch, and only a worker needs it.
+    from pipeline.assembly.worker_side import build_worker
+
+    return build_worker(job, recipes, facts, device, meter)
 
 
 def _charge(rows: list[dict[str, Any]], allocation: Allocation, rendered: set[str]) -> None:

@@ -6,14 +6,15 @@ Every decision is a pure function elsewhere (`planning.queue`, `planning.policy`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from pipeline.cluster.pool import Finished, Pool, PoolEvent, WorkerBroken
+from pipeline.cluster.pool import Finished, Pool, PoolEvent, WorkerBroken, WorkerGone
 from pipeline.cluster.progress import Counts, Progress
-from pipeline.errors import Interrupted, PipelineError, UnexpectedFailure, UsageError
+from pipeline.errors import Interrupted, PipelineError, UnexpectedFailure, UsageError, WorkerLost
 from pipeline.planning.policy import Admission, AfterFailure, after_failure
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import (
@@ -25,6 +26,7 @@ from pipeline.records.outcome import (
     WorkerSeat,
     failed_row,
     item_row,
+    recovered_row,
     rendered_row,
     skipped_row,
 )
@@ -76,9 +78,13 @@ class Driver:
     progress: Progress
     now_ns: Callable[[], int]
     flush_every_s: float
+    # The commit record of an item, if there is one: a lost worker may have ended its item without saying so.
+    committed: Callable[[WorkItem], Mapping[str, Any] | None] = lambda item: None
     ending: Ending = field(default_factory=Ending)
     _estimated_usd: float = 0.0
     _flushed_s: float = 0.0
+    _seats: list[WorkerSeat] = field(default_factory=list)
+    _kills: Counter[str] = field(default_factory=Counter)
 
     def drive(self) -> Ending:
         """The whole run. Afterwards every worker is released and the ledger is closed.
@@ -94,12 +100,12 @@ class Driver:
                 if not started and self._admit(start_only=True):
                     self.pool.start()
                     started = True
-                    self.log.set_workers(self.pool.seats())
                     self._flush()
                 self._admit()
                 if self.ending.limit_reached is not None and not self.queue.in_flight:
                     break
                 self._apply(self.pool.next_event(TICK_S))
+                self._note_seats()
                 self._flush_if_due()
                 self._show()
         except PipelineError as error:
@@ -145,6 +151,9 @@ class Driver:
                 self._flush()
             case WorkerBroken(error):
                 self._lose_worker(error)
+            case WorkerGone():
+                self._take_back_from(event)
+                self._flush()
             case None:
                 pass
 
@@ -167,15 +176,37 @@ class Driver:
             self.ending.stopped_by = (UsageError if unusable else PipelineError)(outcome.error_message)
 
     def _settle_rendered(self, rendered: Rendered) -> None:
-        row = rendered_row(rendered, self.facts)
+        self._settle_row(rendered.item, rendered_row(rendered, self.facts))
+
+    def _settle_row(self, item: WorkItem, row: dict[str, Any]) -> None:
         self._record("rendered", row)
-        self.ending.rendered_attempts[rendered.item.request.id] = rendered.item.attempt
-        self._estimated_usd += rendered.item.estimate.cost_usd
+        self.ending.rendered_attempts[item.request.id] = row["attempts"]
+        self._estimated_usd += item.estimate.cost_usd
         self.counts.num_rendered += 1
-        for twin in self.queue.settle(rendered.item):
+        for twin in self.queue.settle(item):
             self._record("skipped", skipped_row(twin, row, self.facts))
             self.counts.num_skipped += 1
             self.counts.num_to_render -= 1
+
+    def _take_back_from(self, gone: WorkerGone) -> None:
+        """The item of a lost worker: rendered, if its commit stands; else it counts as a failed attempt."""
+        item = gone.item
+        held = {} if item is None else {"id": item.request.id, "attempt": item.attempt}
+        self.log.log("worker_lost", self.now_ns(), cause=gone.cause, **held)
+        if item is None or self._settle_if_committed(item):
+            return
+        self._kills[item.key] += 1
+        kills = self._kills[item.key]
+        message = f"killed {kills} worker{'s' if kills > 1 else ''}: {gone.cause}"
+        name = WorkerLost.__name__
+        self._settle(Failed(item, name, message, name, gone.since_ns, max(gone.since_ns, self.now_ns())))
+
+    def _settle_if_committed(self, item: WorkItem) -> bool:
+        record = self.committed(item)
+        if record is None or record["run_id"] != self.facts.run_id:
+            return False
+        self._settle_row(item, recovered_row(item, record, self.facts))
+        return True
 
     def _set_aside(self, failed: Failed) -> None:
         self.queue.set_aside(failed.item)
@@ -187,7 +218,7 @@ class Driver:
         self.log.log(event, self.now_ns(), id=row["id"], row=row)
 
     def _lose_worker(self, error: BaseException) -> None:
-        """A pool of one has no other worker to go on with: the job ends, with the code that the error carries."""
+        """No worker can be had, or none can be set up: the job ends, with the code that the error carries."""
         for item in self.queue.in_flight:
             self.queue.take_back(item)
         if isinstance(error, PipelineError):
@@ -204,9 +235,17 @@ class Driver:
     def _flush(self) -> None:
         """Write the ledger up to now and renew the lease; what this wrote survives any kill."""
         self._flushed_s = time.monotonic()
+        self._note_seats()
         closed, running = self.pool.take_ledger()
         self._count(closed)
         self.log.write_ledger(closed, running, self.now_ns())
+
+    def _note_seats(self) -> None:
+        """Write down who is held before what they do: whoever closes a dead run goes by the seats."""
+        seats = self.pool.seats()
+        if seats != self._seats:
+            self._seats = seats
+            self.log.set_workers(seats)
 
     def _count(self, closed: list[LedgerEntry]) -> None:
         self.ending.entries.extend(closed)
@@ -224,7 +263,6 @@ class Driver:
             try:
                 self._settle_what_is_finished()
                 self._flush()
-                self.log.set_workers(self.pool.seats())
             except PipelineError as error:
                 self.ending.stopped_by = self.ending.stopped_by or error
         in_flight = {item.key for item in self.queue.in_flight}
@@ -241,5 +279,7 @@ class Driver:
             while (event := self.pool.next_event(0)) is not None:
                 if isinstance(event, Finished) and isinstance(event.outcome, Rendered):
                     self._settle(event.outcome)
+                elif isinstance(event, WorkerGone) and event.item is not None:
+                    self._settle_if_committed(event.item)
         except PipelineError as error:
             self.ending.stopped_by = self.ending.stopped_by or error

@@ -15,6 +15,7 @@ from pipeline.cost.meter import Meter
 from pipeline.errors import WorkerLost
 from pipeline.records.outcome import LedgerEntry, WorkerSeat
 from pipeline.records.work import WorkItem
+from pipeline.telemetry import log_about
 
 # A finished worker frees its memory within moments; the thread is a daemon, so a longer wait would gain nothing.
 JOIN_S = 10.0
@@ -78,10 +79,13 @@ class LocalPool:
     def _work(self) -> None:
         assert self._meter is not None
         try:
-            worker: Worker = self._factory(self._meter)
-            self._meter.enter("idle")
-            while (item := self._inbox.get()) is not None:
-                self._events.put(Finished(worker.execute(item)))
+            with log_about(worker=self._meter.seat.gpu_id):
+                worker: Worker = self._factory(self._meter)
+                self._meter.enter("idle")
+                while (item := self._inbox.get()) is not None:
+                    with log_about(id=item.request.id, attempt=item.attempt):
+                        outcome = worker.execute(item)
+                    self._events.put(Finished(outcome))
         except Exception as error:  # noqa: BLE001 - whatever it is, the driver must hear of it
             self._events.put(WorkerBroken(error))
         except SystemExit as error:

@@ -33,12 +33,21 @@ class Finished:
 
 @dataclass(frozen=True)
 class WorkerBroken:
-    """A worker could not be set up, or ended."""
+    """A worker could not be set up, or there is none left: the job cannot go on."""
 
     error: BaseException
 
 
-PoolEvent = Finished | WorkerBroken
+@dataclass(frozen=True)
+class WorkerGone:
+    """A worker ended without an answer, and the pool goes on without it. `item` is what it held since `since_ns`."""
+
+    cause: str
+    item: WorkItem | None
+    since_ns: int
+
+
+PoolEvent = Finished | WorkerBroken | WorkerGone
 
 
 class Pool(Protocol):

@@ -25,6 +25,8 @@ _TABLE: dict[str, tuple[AfterFailure, int]] = {
     "StorageUnavailable": (AfterFailure.RETRY, 3),
     "StorageFull": (AfterFailure.STOP_JOB, 1),
     "UsageError": (AfterFailure.STOP_JOB, 1),
+    # An item that ends two workers would end them all.
+    "WorkerLost": (AfterFailure.RETRY, 2),
 }
 
 

@@ -211,6 +211,19 @@ def rendered_row(rendered: Rendered, facts: RunFacts) -> dict[str, Any]:
     return row
 
 
+def recovered_row(item: WorkItem, record: Mapping[str, Any], facts: RunFacts) -> dict[str, Any]:
+    """The row of a clip that this run committed with a worker that was lost before it could say so."""
+    row = item_row(item, facts, status="rendered")
+    row.update({name: record[name] for name in (*ClipAsset.__slots__, *Timings.__slots__)})
+    row.update(
+        attempts=record["attempt"],
+        rendered_by_run=record["run_id"],
+        peak_gpu_memory_bytes=record["peak_gpu_memory_bytes"],
+        **{name: datetime.fromisoformat(record[name]) for name in ("started_at", "finished_at")},
+    )
+    return row
+
+
 def failed_row(failed: Failed, facts: RunFacts) -> dict[str, Any]:
     row = item_row(failed.item, facts, status="failed")
     row.update(

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.cluster.driver import Driver, Ending, StopRequest
-from pipeline.cluster.pool import Finished, PoolEvent, WorkerBroken
+from pipeline.cluster.pool import Finished, PoolEvent, WorkerBroken, WorkerGone
 from pipeline.cluster.progress import Counts, Progress
 from pipeline.errors import CheckpointMismatch, Interrupted, StorageFull
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
-from pipeline.records.outcome import Failed, LedgerEntry, Outcome, WorkerSeat
+from pipeline.records.outcome import Failed, LedgerEntry, Outcome, WorkerSeat, commit_record, rendered_row
 from pipeline.records.work import WorkItem
 from tests.unit.makers import FACTS, S, entry, item, rendered, seat
 
@@ -207,3 +207,26 @@ def test_a_ledger_that_cannot_be_written_ends_the_job_with_its_books_in_the_endi
     ending = driver.drive()
     assert isinstance(ending.stopped_by, StorageFull)
     assert statuses(ending) == {"row-0": "not_started"}
+
+
+def test_an_item_that_kills_two_workers_is_set_aside_with_the_cause() -> None:
+    def script(work: WorkItem) -> PoolEvent:
+        return WorkerGone("cpu-0: exit code 9", work, 0) if work.request.id == "row-0" else succeeds(work)
+
+    ending, _, log = drive([item(0), item(1)], script)
+    assert statuses(ending) == {"row-0": "failed", "row-1": "rendered"}
+    (failed,) = [row for row in ending.rows if row["status"] == "failed"]
+    assert (failed["attempts"], failed["error_class"]) == (2, "WorkerLost")
+    assert failed["error_message"] == "killed 2 workers: cpu-0: exit code 9"
+    assert log.events.count("worker_lost") == 2
+
+
+def test_a_worker_lost_after_its_commit_has_rendered_its_item() -> None:
+    def record_of(work: WorkItem) -> dict[str, Any]:
+        return commit_record(rendered(work), (), FACTS)
+
+    ending, pool, _ = drive([item(0)], lambda work: WorkerGone("killed", work, 0), committed=record_of)
+    (row,) = ending.rows
+    expected = rendered_row(rendered(item(0)), FACTS)
+    assert {name: row[name] for name in expected} == expected
+    assert len(pool.submitted) == 1 and ending.rendered_attempts == {"row-0": 1}

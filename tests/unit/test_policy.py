@@ -27,6 +27,7 @@ RETRY, ASIDE, STOP = AfterFailure.RETRY, AfterFailure.SET_ASIDE, AfterFailure.ST
         ("StorageUnavailable", [RETRY, RETRY, STOP]),
         ("StorageFull", [STOP]),
         ("UsageError", [STOP]),
+        ("WorkerLost", [RETRY, ASIDE]),
     ],
 )
 def test_the_class_of_a_failure_decides(fault: str, decisions: list[AfterFailure]) -> None:
