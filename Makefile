@@ -29,8 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -r $(VENV)/requirements.txt
 	@touch $(STAMP)
 
-demo: setup ## render the sample manifest with the nano model on this machine
-	$(BIN)/python -m jobs.render output=$(DEMO_OUTPUT) $(ARGS)
+demo: setup ## render the sample manifest with the nano model on this machine, on a local Ray
+	$(BIN)/python -m jobs.render output=$(DEMO_OUTPUT) cluster=local $(ARGS)
 
 test: setup ## run the whole CPU test suite, fast tests first
 	$(BIN)/python -m pytest -m "not multi_gpu and not long" tests/test_architecture.py tests/unit tests/storage tests/model tests/engine tests/cluster tests/end_to_end tests/submit $(ARGS)

@@ -31,6 +31,7 @@ from pipeline.planning.estimate import Estimator
 from pipeline.planning.plan import Plan, Planner, Selection
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
+from pipeline.planning.reach import refuse_scattered_output
 from pipeline.records.outcome import NS_PER_S, RunFacts, WorkerSeat, item_row, rejected_row, skipped_row, timestamp
 from pipeline.records.request import RequestLimits
 from pipeline.report.rebuild import rebuild
@@ -162,6 +163,7 @@ class Run:
             num_workers=cluster.num_workers,
             max_useful=len(self.plan.to_render),
             start_timeout_s=cluster.start_timeout_s,
+            refuse_nodes=partial(refuse_scattered_output, self.job),
             log_level=self.job.log_level,
         )
         return RayPool(factory, plan, self._now_ns)

@@ -49,6 +49,8 @@ class WorkerPlan:
     max_useful: int
     start_timeout_s: float
     log_level: str = "warning"
+    # Called with the number of nodes once it is known; raises if the job cannot run on so many.
+    refuse_nodes: Callable[[int], None] = lambda num_nodes: None
 
 
 @dataclass
@@ -154,6 +156,7 @@ class RayPool:
             if not self._session.wait_until_up(timeout_s):
                 return
             self._is_up = True
+            self._plan.refuse_nodes(sum(1 for node in ray.nodes() if node["Alive"]))
             self._num_wanted = self._plan.num_workers or self._auto_workers()
             for _ in range(self._num_wanted):
                 self._ask()
