@@ -22,7 +22,7 @@ from pipeline.cluster.pool import Finished, PoolEvent, WorkerBroken, WorkerFacto
 from pipeline.cluster.ray_session import RaySession, wait_until_gone
 from pipeline.cost.pricing import UnitPrice
 from pipeline.errors import PipelineError, WorkerLost
-from pipeline.records.outcome import LedgerEntry, WorkerSeat
+from pipeline.records.outcome import LedgerEntry, WorkerSeat, ledger_entry
 from pipeline.records.work import WorkItem
 
 log = logging.getLogger(__name__)
@@ -279,16 +279,12 @@ class RayPool:
             known_ns = running.t1_ns
         released_ns = max(known_ns, self._now_ns())
         if released_ns > known_ns:
-            self._closed.append(self._unknown(seat, known_ns, released_ns))
+            price = self._plan.price
+            cost_usd = price.cost(released_ns - known_ns)
+            self._closed.append(
+                ledger_entry(seat, "unknown", known_ns, released_ns, price_id=price.price_id, cost_usd=cost_usd)
+            )
         self._seats[hand.gpu_id] = hand.seat = replace(seat, released_ns=released_ns)
-
-    def _unknown(self, seat: WorkerSeat, t0_ns: int, t1_ns: int) -> LedgerEntry:
-        price = self._plan.price
-        return LedgerEntry(
-            run_id=seat.run_id, gpu_id=seat.gpu_id, node_id=seat.node_id, group_id=seat.group_id, rank=seat.rank,
-            state="unknown", id=None, attempt=None, chunk=None, t0_ns=t0_ns, t1_ns=t1_ns,
-            price_id=price.price_id, cost_usd=price.cost(t1_ns - t0_ns),
-        )  # fmt: skip
 
     def _end(self, hands: list[_Hand]) -> None:
         """Kill the actors; those of this node are seen to be gone, so that a GPU is free for the next."""

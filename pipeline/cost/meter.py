@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from pipeline.cost.pricing import UnitPrice
-from pipeline.records.outcome import LEDGER_STATES, LedgerEntry, WorkerSeat
+from pipeline.records.outcome import LEDGER_STATES, LedgerEntry, WorkerSeat, ledger_entry
 
 
 def utc_clock() -> Callable[[], int]:
@@ -87,18 +87,14 @@ class Meter:
     def _entry(self, t1_ns: int) -> LedgerEntry:
         assert self._open is not None
         state, row_id, attempt, t0_ns = self._open
-        return LedgerEntry(
-            run_id=self.seat.run_id,
-            gpu_id=self.seat.gpu_id,
-            node_id=self.seat.node_id,
-            group_id=self.seat.group_id,
-            rank=self.seat.rank,
-            state=state,
+        cost_usd = self._price.cost(t1_ns - t0_ns)
+        return ledger_entry(
+            self.seat,
+            state,
+            t0_ns,
+            t1_ns,
+            price_id=self._price.price_id,
+            cost_usd=cost_usd,
             id=row_id,
             attempt=attempt,
-            chunk=None,
-            t0_ns=t0_ns,
-            t1_ns=t1_ns,
-            price_id=self._price.price_id,
-            cost_usd=self._price.cost(t1_ns - t0_ns),
         )

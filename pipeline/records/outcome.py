@@ -61,6 +61,35 @@ class WorkerSeat:
     released_ns: int | None = None
 
 
+def ledger_entry(
+    seat: WorkerSeat,
+    state: str,
+    t0_ns: int,
+    t1_ns: int,
+    *,
+    price_id: str,
+    cost_usd: Decimal,
+    id: str | None = None,
+    attempt: int | None = None,
+) -> LedgerEntry:
+    """An interval of the worker in `seat`, for row `id` if it worked for one."""
+    return LedgerEntry(
+        run_id=seat.run_id,
+        gpu_id=seat.gpu_id,
+        node_id=seat.node_id,
+        group_id=seat.group_id,
+        rank=seat.rank,
+        state=state,
+        id=id,
+        attempt=attempt,
+        chunk=None,
+        t0_ns=t0_ns,
+        t1_ns=t1_ns,
+        price_id=price_id,
+        cost_usd=cost_usd,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ClipAsset:
     """A committed clip: where it is and what was read back from it."""

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import UsageError, WorkerLost
-from pipeline.records.outcome import NS_PER_S, LedgerEntry, WorkerSeat
+from pipeline.records.outcome import NS_PER_S, LedgerEntry, WorkerSeat, ledger_entry
 from pipeline.storage.processes import place, start_ticks
 from pipeline.storage.store import Store
 from pipeline.storage.tables import LedgerTable, read_ledger, write_ledger_file, write_results
@@ -211,21 +211,13 @@ def _close_run(
         t1_ns = max(t0_ns, min(max(t0_ns, seen_ns) + round(FLUSH_EVERY_S * NS_PER_S), now_ns))
         seats[index] = replace(seat, released_ns=t1_ns)
         if t1_ns > t0_ns:
-            tail.append(_unknown(seat, t0_ns, t1_ns, str(facts["price_id"]), cost_of))
+            price_id = str(facts["price_id"])
+            cost_usd = cost_of(price_id, t1_ns - t0_ns)
+            tail.append(ledger_entry(seat, "unknown", t0_ns, t1_ns, price_id=price_id, cost_usd=cost_usd))
     if tail:
         write_ledger_file(store, f"runs/{run_id}/ledger/tail-unknown.parquet", tail)
     facts["workers"] = [asdict(seat) for seat in seats]
     store.write(f"runs/{run_id}/run.json", as_json(facts).encode())
-
-
-def _unknown(
-    seat: WorkerSeat, t0_ns: int, t1_ns: int, price_id: str, cost_of: Callable[[str, int], Any]
-) -> LedgerEntry:
-    return LedgerEntry(
-        run_id=seat.run_id, gpu_id=seat.gpu_id, node_id=seat.node_id, group_id=seat.group_id, rank=seat.rank,
-        state="unknown", id=None, attempt=None, chunk=None, t0_ns=t0_ns, t1_ns=t1_ns,
-        price_id=price_id, cost_usd=cost_of(price_id, t1_ns - t0_ns),
-    )  # fmt: skip
 
 
 def _claimed_ns(store: Store, run_id: str, now_ns: int, closed_by: str) -> int:
