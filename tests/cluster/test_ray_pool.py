@@ -59,12 +59,14 @@ def test_an_item_that_kills_two_workers_is_set_aside_and_the_others_are_rendered
 
 def test_workers_killed_from_outside_at_random_moments_lose_no_row(farm: NewFarm) -> None:
     this = farm(["render 0.4"] * 10, workers.obedient)
-    generator, over, killed = random.Random(SEED), threading.Event(), []
+    generator, over, killed, ended_before = random.Random(SEED), threading.Event(), [], [0]
 
     def kill_now_and_then() -> None:
-        while len(killed) < 5 and not over.wait(generator.uniform(0.3, 1.2)):
-            pids = actor_pids()
-            if pids:
+        """One kill after each item that ended: faster than workers can start, the job would rightly give up."""
+        while len(killed) < 5 and not over.wait(generator.uniform(0.1, 1.0)):
+            pids, num_ended = actor_pids(), len(this.driver.ending.rows)
+            if pids and num_ended > ended_before[-1]:
+                ended_before.append(num_ended)
                 killed.append(generator.choice(pids))
                 os.kill(killed[-1], signal.SIGKILL)
 
