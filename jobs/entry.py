@@ -55,11 +55,15 @@ def compose_job(schema: type[T], name: str, argv: list[str]) -> T:
     Raises UsageError, in one line, for whatever cannot be composed. `--help` and `--cfg` print and exit 0.
     """
     with _Hydra(schema):
+        _check_keys(name, _settings(argv))
         return _composed(schema, name, argv)
 
 
 def compose_recipes(name: str, argv: list[str]) -> dict[str, RecipeConfig]:
-    """Every recipe of `conf/recipe/` by its name, under the same overrides: rows may name another than the job's."""
+    """Every recipe of `conf/recipe/` by its name: rows may name another than the job's.
+
+    Under the overrides of a job that was composed before, so their keys are known to be good.
+    """
     overrides = [argument for argument in argv if not argument.startswith("recipe=")]
     recipes = {}
     with _Hydra(RenderJob):
@@ -107,9 +111,7 @@ class _Hydra:
 
 
 def _composed(schema: type[T], name: str, argv: list[str]) -> T:
-    arguments = [argument for argument in argv if argument not in FLAGS]
-    _check_keys(name, arguments)
-    given = [argument.split("=", 1) for argument in arguments]
+    given = [argument.split("=", 1) for argument in _settings(argv)]
     try:
         tree = compose(name, [f"{key}={value}" for key, value in given if key not in VERBATIM_KEYS])
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
@@ -125,6 +127,10 @@ def _composed(schema: type[T], name: str, argv: list[str]) -> T:
     assert isinstance(job, schema)
     log_to_stderr(level=getattr(job, "log_level", "warning"))
     return job
+
+
+def _settings(argv: list[str]) -> list[str]:
+    return [argument for argument in argv if argument not in FLAGS]
 
 
 def _ids(text: str) -> list[str]:

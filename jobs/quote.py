@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.assembly.driver_side import make_plan, worker_device, worker_price
+from pipeline.assembly.driver_side import make_plan, worker_device, worker_price, worker_tflops
 from pipeline.config import RecipeConfig, RenderJob
 from pipeline.cost.pricing import unit_price
 from pipeline.errors import UsageError
@@ -45,7 +45,6 @@ def _facts(job: RenderJob, manifest: Manifest, plan: Plan) -> dict[str, Any]:
     # Rows with equal keys share one video, so they are paid for once.
     clips = list({item.key: item for item in plan.to_render}.values())
     total = quote([(item.request, item.estimate) for item in clips], unit_price(price))
-    tflops = job.cluster.assumed_gpu_tflops if device == "cuda" else job.cluster.assumed_cpu_tflops
     return {
         "manifest": manifest.uri,
         "rows": manifest.num_rows,
@@ -59,7 +58,7 @@ def _facts(job: RenderJob, manifest: Manifest, plan: Plan) -> dict[str, Any]:
         "cost_usd": float(total.cost_usd),
         "video_seconds": total.video_seconds,
         "source": total.source,
-        "assumed_tflops_per_worker": tflops,
+        "assumed_tflops_per_worker": worker_tflops(job, device),
         "device": device,
         "price_id": price.price_id,
         "price_observed_at": price.observed_at,

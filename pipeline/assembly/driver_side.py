@@ -54,16 +54,20 @@ def worker_price(job: RenderJob, device: str) -> Price:
     return job.pricing.gpu if device == "cuda" else job.pricing.cpu_worker
 
 
+def worker_tflops(job: RenderJob, device: str) -> float:
+    """The rate that a worker is assumed to compute at."""
+    return job.cluster.assumed_gpu_tflops if device == "cuda" else job.cluster.assumed_cpu_tflops
+
+
 def planner(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: str) -> Planner:
     device = worker_device(job)
-    tflops = job.cluster.assumed_gpu_tflops if device == "cuda" else job.cluster.assumed_cpu_tflops
     return Planner(
         recipes=recipes,
         default_recipe=job.recipe.name,
         precision=job.precision,
         fingerprint=fingerprint,
         limits=RequestLimits(job.limits.max_side_px, job.limits.max_duration_s),
-        estimator=Estimator(job.model.size, tflops, unit_price(worker_price(job, device))),
+        estimator=Estimator(job.model.size, worker_tflops(job, device), unit_price(worker_price(job, device))),
     )
 
 
@@ -144,7 +148,7 @@ class Run:
             progress=Progress(sys.stderr),
             now_ns=self._now_ns,
             flush_every_s=FLUSH_EVERY_S,
-            committed=lambda item: store.committed([item.key]).get(item.key),
+            committed=lambda item: store.standing(item.key),
         )
 
     def _pool(self) -> Pool:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from pipeline.records.request import RenderRequest, tag_pairs
+from pipeline.records.request import tag_pairs
 from pipeline.records.work import WorkItem
 
 SCHEMA_VERSION = 1
@@ -187,20 +187,28 @@ def commit_record(rendered: Rendered, entries: tuple[LedgerEntry, ...], facts: R
     }  # fmt: skip
 
 
-def request_row(request: RenderRequest, facts: RunFacts, *, status: str) -> dict[str, Any]:
-    """The results row of a request before anything has happened to it."""
+def item_row(item: WorkItem, facts: RunFacts, *, status: str) -> dict[str, Any]:
+    """The results row of an item before anything has happened to it."""
+    request = item.request
+    columns = ("id", "prompt", "seed", "width", "height", "num_frames", "fps", "duration_s", "recipe")
     return {
-        "id": request.id,
-        "row_index": request.row_index,
+        **_run_columns(request.row_index, facts, status=status),
+        **{name: getattr(request, name) for name in columns},
+        "tags": dict(request.tags),
+        "content_key": item.key,
+        "parallel": facts.parallel,
+        "parallel_reason": "one worker a clip",
+        "num_gpus": 1,
+        "estimated_gpu_seconds": item.estimate.gpu_seconds,
+        "estimated_cost_usd": item.estimate.cost_usd,
+    }
+
+
+def _run_columns(row_index: int, facts: RunFacts, *, status: str) -> dict[str, Any]:
+    """What every row holds whether or not it became a request: its place, its run, and that it has cost nothing yet."""
+    return {
+        "row_index": row_index,
         "status": status,
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "width": request.width,
-        "height": request.height,
-        "num_frames": request.num_frames,
-        "fps": request.fps,
-        "duration_s": request.duration_s,
-        "recipe": request.recipe,
         "model": facts.model,
         "model_fingerprint": facts.model_fingerprint,
         "precision": facts.precision,
@@ -208,21 +216,7 @@ def request_row(request: RenderRequest, facts: RunFacts, *, status: str) -> dict
         "cost_usd": 0.0,
         "cost_loaded_usd": 0.0,
         "gpu_seconds": 0.0,
-        "tags": dict(request.tags),
     }
-
-
-def item_row(item: WorkItem, facts: RunFacts, *, status: str) -> dict[str, Any]:
-    row = request_row(item.request, facts, status=status)
-    row.update(
-        content_key=item.key,
-        parallel=facts.parallel,
-        parallel_reason="one worker a clip",
-        num_gpus=1,
-        estimated_gpu_seconds=item.estimate.gpu_seconds,
-        estimated_cost_usd=item.estimate.cost_usd,
-    )
-    return row
 
 
 def rendered_row(rendered: Rendered, facts: RunFacts) -> dict[str, Any]:
@@ -278,21 +272,12 @@ def skipped_row(item: WorkItem, record: Mapping[str, Any], facts: RunFacts) -> d
 def rejected_row(row: Mapping[str, Any], row_index: int, message: str, facts: RunFacts) -> dict[str, Any]:
     """A row that never became a request: what it asked for where that makes sense, and every problem."""
     plain = ("id", "prompt", "seed", "width", "height", "num_frames", "fps", "duration_s", "recipe")
-    kept = {name: row.get(name) for name in plain}
     return {
-        **kept,
-        "row_index": row_index,
-        "status": "rejected",
+        **_run_columns(row_index, facts, status="rejected"),
+        **{name: row.get(name) for name in plain},
+        "tags": dict(tag_pairs(row.get("tags"))),
         "error_class": "InvalidRequest",
         "error_message": message,
-        "model": facts.model,
-        "model_fingerprint": facts.model_fingerprint,
-        "precision": facts.precision,
-        "attempts": 0,
-        "cost_usd": 0.0,
-        "cost_loaded_usd": 0.0,
-        "gpu_seconds": 0.0,
-        "tags": dict(tag_pairs(row.get("tags"))),
     }
 
 

@@ -89,7 +89,15 @@ class AssetStore:
         """If the winner's video is there: by its hash if it is the file that ours names too, else by its size."""
         if winner["uri"] == ours["uri"]:
             return bool(winner["sha256"] == ours["sha256"])
-        return bool(self.store.sizes("videos").get(_name_of(winner["uri"])) == winner["size_bytes"])
+        return self._is_whole(winner)
+
+    def _is_whole(self, record: Mapping[str, Any]) -> bool:
+        return bool(self.store.size(f"videos/{_name_of(record['uri'])}") == record["size_bytes"])
+
+    def standing(self, key: str) -> dict[str, Any] | None:
+        """The record of one `key` if it is done, as `committed` says, without listing what else is there."""
+        record = self.record(key)
+        return record if record is not None and self._is_whole(record) else None
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The commit record of `key`, its URIs as the output lies now; None if there is none that can be read."""

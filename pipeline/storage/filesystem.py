@@ -98,10 +98,6 @@ def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def exists(uri: str) -> bool:
-    return size_of(uri) is not None
-
-
 def size_of(uri: str) -> int | None:
     """Size in bytes of a file, or None if there is none; UsageError if the place cannot be looked at."""
     fs, path = _filesystem_of(uri)
@@ -113,15 +109,20 @@ def size_of(uri: str) -> int | None:
         raise UsageError(f"{uri} must be readable, got: {error}; check the path and the credentials") from error
 
 
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file that is on the disk when this returns; an OSError may leave a part."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` so that a reader sees the old bytes or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
     try:
         try:
-            with temporary.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            write_synced(temporary, content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

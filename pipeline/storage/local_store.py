@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UsageError
-from pipeline.storage.filesystem import ABANDONED_AFTER_S, FULL_DISK_ERRNOS, sha256_of, storage_error
+from pipeline.storage.filesystem import ABANDONED_AFTER_S, FULL_DISK_ERRNOS, sha256_of, storage_error, write_synced
 from pipeline.storage.processes import place, start_ticks
 
 # Errors of linking that mean "this disk cannot", after which a copy stands in.
@@ -59,6 +59,14 @@ class LocalStore:
             return None
         except OSError as error:
             raise storage_error(error, f"reading {self._root / name}") from error
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self._root / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise storage_error(error, f"looking at {self._root / name}") from error
 
     def write(self, name: str, content: bytes) -> None:
         path = self._root / name
@@ -156,10 +164,7 @@ class LocalStore:
         for last in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                with path.open("wb") as stream:
-                    stream.write(content)
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                write_synced(path, content)
                 break
             except FileNotFoundError:  # another run has just removed the folder, which it found empty
                 if last:

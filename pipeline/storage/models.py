@@ -15,7 +15,6 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.storage.filesystem import (
-    exists,
     is_local,
     local_path,
     open_for_reading,
@@ -33,10 +32,6 @@ class NotStaged(UsageError):
 SIDECAR = "fingerprint.{model}.json"
 
 
-def sidecar_path(folder: Path, model: str) -> Path:
-    return folder / SIDECAR.format(model=model)
-
-
 def stage(folder: Path, model: str, parts: Mapping[str, str]) -> str:
     """Hash the files of `parts` (part -> file or folder, relative to `folder`) into a sidecar; returns the fingerprint.
 
@@ -52,15 +47,14 @@ def stage(folder: Path, model: str, parts: Mapping[str, str]) -> str:
     for part, name in parts.items():
         base = folder / name
         for file in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = sha256_of(file)
             # The fingerprint is of contents: where the files lie and what the checkpoint file is called is no part.
             hashes[f"{part}/{file.relative_to(base).as_posix()}"] = digest
             files[str(Path(name) / file.relative_to(base))] = {"sha256": digest, "size_bytes": file.stat().st_size}
     whole = json.dumps(hashes, sort_keys=True, separators=(",", ":"))
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()
     sidecar = {"model": model, "fingerprint": fingerprint, "files": files}
-    write_atomically(sidecar_path(folder, model), json.dumps(sidecar, indent=1).encode())
+    write_atomically(folder / SIDECAR.format(model=model), json.dumps(sidecar, indent=1).encode())
     return fingerprint
 
 
@@ -102,7 +96,7 @@ def local_copy(folder: str, model: str, cache: Path) -> Path:
 def _sidecar(folder: str, model: str) -> dict[str, Any]:
     way_out = f"run: python -m jobs.stage_weights model={model} model.folder={folder}"
     where = f"{folder.rstrip('/')}/{SIDECAR.format(model=model)}"
-    if not exists(where):
+    if size_of(where) is None:
         raise NotStaged(f"model {model} must be staged, got no {where}; {way_out}")
     try:
         with open_for_reading(where) as stream:

@@ -73,6 +73,12 @@ class ObjectStore:
         except FileNotFoundError:
             return None
 
+    def size(self, name: str) -> int | None:
+        try:
+            return int(self._try("looking at", name, lambda: self._fs.info(self._full(name), refresh=True)["size"]))
+        except FileNotFoundError:
+            return None
+
     def write(self, name: str, content: bytes) -> None:
         self._try("writing", name, lambda: self._fs.pipe_file(self._full(name), content))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def place() -> str:
     """Where process ids mean the same processes: machine, boot, and PID namespace (containers share the first two)."""
     try:

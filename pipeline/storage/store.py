@@ -35,6 +35,10 @@ class Store(Protocol):
         """The bytes of a file, or None if it is absent."""
         ...
 
+    def size(self, name: str) -> int | None:
+        """Size in bytes of a file, or None if it is absent."""
+        ...
+
     def write(self, name: str, content: bytes) -> None: ...
 
     def create(self, name: str, content: bytes | Path) -> bool:
