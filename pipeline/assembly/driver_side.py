@@ -22,7 +22,10 @@ from pipeline.cluster.driver import Driver, Ending, StopRequest
 from pipeline.cluster.local_pool import LocalPool
 from pipeline.cluster.pool import Pool, Worker
 from pipeline.cluster.progress import Counts, Progress, say
-from pipeline.config import Price, RecipeConfig, RenderJob, to_plain
+from pipeline.config.cluster import Price
+from pipeline.config.jobs import RenderJob
+from pipeline.config.recipe import RecipeConfig
+from pipeline.config.tree import to_plain
 from pipeline.cost.allocation import Allocation, allocate
 from pipeline.cost.meter import Meter, utc_clock
 from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price

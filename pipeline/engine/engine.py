@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from kernels.ops import OpSet
-from pipeline.config import ModelConfig, PrecisionConfig, RecipeConfig
+from pipeline.config.model import ModelConfig, PrecisionConfig
+from pipeline.config.recipe import RecipeConfig
 from pipeline.engine import components
 from pipeline.engine.decode import decode_frames, decode_waveform
 from pipeline.engine.denoise import denoise

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernels.ops import reference_ops
-from pipeline.config import DenoiserSize, ModelConfig, PrecisionConfig, RecipeConfig, StageConfig
+from pipeline.config.model import DenoiserSize, ModelConfig, PrecisionConfig
+from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.engine.engine import RenderEngine, load_engine
 from pipeline.engine.nano import CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER, build_nano
 from pipeline.records.request import RenderRequest

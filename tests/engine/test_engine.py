@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import RecipeConfig, StageConfig
+from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.engine.decode import CHUNK_FRAMES
 from pipeline.errors import CheckpointMismatch, EngineFault, OutOfMemory, UsageError
 from pipeline.model.checkpoint import CheckpointFile
