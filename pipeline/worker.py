@@ -215,7 +215,7 @@ def _asset(uri: str, thumbnail_uri: str, facts: ClipFacts) -> ClipAsset:
         fps=facts.fps,
         duration_s=facts.duration_s,
         has_audio=facts.has_audio,
-        sample_rate_hz=facts.sample_rate_hz,
+        sample_rate_hz=facts.sample_rate_hz or None,
     )
 
 

@@ -65,12 +65,12 @@ class EncodeReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Clip:
-    """One file to write; `sound` is float32 (channels, samples) and already as long as the picture."""
+    """One file to write; `sound` is float32 (channels, samples) and already as long as the picture, None if silent."""
 
     path: Path
     rate: Fraction
     num_frames: int
-    sound: np.ndarray
+    sound: np.ndarray | None
     sample_rate_hz: int
     settings: EncodeSettings
 
@@ -78,7 +78,7 @@ class _Clip:
 def write_clip(
     path: Path,
     frames: Iterator[np.ndarray],
-    waveform: np.ndarray,
+    waveform: np.ndarray | None,
     *,
     fps: float,
     num_frames: int,
@@ -88,12 +88,13 @@ def write_clip(
     """Write a clip to `path` (local, seekable) and sync it to disk.
 
     `frames` yields uint8 RGB chunks (any number of frames, height, width, 3) and is consumed on the calling thread;
-    `waveform` is float32 (1 or 2 channels, samples) in [-1, 1], padded with silence or cut to num_frames / fps.
+    `waveform` is float32 (1 or 2 channels, samples) in [-1, 1], padded with silence or cut to num_frames / fps; with
+    None, and `sample_rate_hz` 0, the file has no sound track.
     Raises EngineFault (frames or sound are not what was announced), StorageFull, and whatever `frames` raises. After
     any exception, KeyboardInterrupt included, no file is left and `frames` is closed.
     """
     rate = exact_rate(fps)
-    sound = _fit_sound(waveform, round(num_frames / rate * sample_rate_hz))
+    sound = None if waveform is None else _fit_sound(waveform, round(num_frames / rate * sample_rate_hz))
     clip = _Clip(
         path=path, rate=rate, num_frames=num_frames, sound=sound, sample_rate_hz=sample_rate_hz, settings=settings
     )
@@ -227,23 +228,26 @@ def _encode(clip: _Clip, frames: Iterator[np.ndarray]) -> np.ndarray:
     """Write the whole file; gives back a copy of the first frame."""
     # The edit list, which hides the AAC priming and sets both durations, counts in this unit: in the default unit
     # of a millisecond the tracks end up to a millisecond apart. Rates too odd to share a unit keep whole samples.
-    common = math.lcm(clip.rate.numerator, clip.sample_rate_hz)
+    common = math.lcm(clip.rate.numerator, clip.sample_rate_hz or 1)
     movie_timescale = common if common <= MAX_TIMESCALE else clip.sample_rate_hz
     options = {"movflags": "+faststart", "fflags": "+bitexact", "movie_timescale": str(movie_timescale)}
     with av.open(str(clip.path), "w", format="mp4", container_options=options) as container:
         picture: _Picture | None = None
         sound: _Sound | None = None
         for frame in frames:
-            if picture is None or sound is None:
-                picture, sound = _Picture(container, clip, frame), _Sound(container, clip)
+            if picture is None:
+                picture = _Picture(container, clip, frame)
+                sound = None if clip.sound is None else _Sound(container, clip, clip.sound)
             picture.add(frame)
-            # In step with the picture, so that the muxer interleaves the tracks and buffers little.
-            sound.add_until(math.floor(picture.num_frames / clip.rate * clip.sample_rate_hz))
-        if picture is None or sound is None or picture.num_frames < clip.num_frames:
+            if sound is not None:
+                # In step with the picture, so that the muxer interleaves the tracks and buffers little.
+                sound.add_until(math.floor(picture.num_frames / clip.rate * clip.sample_rate_hz))
+        if picture is None or picture.num_frames < clip.num_frames:
             got = picture.num_frames if picture else 0
             raise EngineFault(f"expected {clip.num_frames} frames, got {got}")
         picture.finish()
-        sound.finish()
+        if sound is not None:
+            sound.finish()
     return picture.first_frame
 
 
@@ -306,14 +310,15 @@ class _Picture:
 class _Sound:
     """The AAC track: the waveform in frames of 1024 samples, the last one shorter so that it ends on the sample."""
 
-    def __init__(self, container: OutputContainer, clip: _Clip) -> None:
-        self._layout = "mono" if clip.sound.shape[0] == 1 else "stereo"
+    def __init__(self, container: OutputContainer, clip: _Clip, waveform: np.ndarray) -> None:
+        self._layout = "mono" if waveform.shape[0] == 1 else "stereo"
         stream = container.add_stream("aac", rate=clip.sample_rate_hz, options={"flags": "+bitexact"})
         stream.codec_context.layout = self._layout
         stream.codec_context.bit_rate = clip.settings.audio_bitrate_kbps * 1000
         self._container: OutputContainer = container
         self._stream: AudioStream = stream
-        self._clip = clip
+        self._waveform = waveform
+        self._sample_rate_hz = clip.sample_rate_hz
         self._num_samples = 0
 
     def add_until(self, end_sample: int) -> None:
@@ -321,17 +326,17 @@ class _Sound:
             self._add(AAC_FRAME_SAMPLES)
 
     def finish(self) -> None:
-        total = self._clip.sound.shape[1]
+        total = self._waveform.shape[1]
         self.add_until(total)
         if self._num_samples < total:
             self._add(total - self._num_samples)
         self._container.mux(self._stream.encode())
 
     def _add(self, num_samples: int) -> None:
-        samples = self._clip.sound[:, self._num_samples : self._num_samples + num_samples]
+        samples = self._waveform[:, self._num_samples : self._num_samples + num_samples]
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=self._layout)
-        frame.sample_rate = self._clip.sample_rate_hz
+        frame.sample_rate = self._sample_rate_hz
         frame.pts = self._num_samples
-        frame.time_base = Fraction(1, self._clip.sample_rate_hz)
+        frame.time_base = Fraction(1, self._sample_rate_hz)
         self._num_samples += num_samples
         self._container.mux(self._stream.encode(frame))

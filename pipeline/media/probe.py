@@ -57,7 +57,10 @@ def probe_clip(path: Path) -> ClipFacts:
 
 
 def check_clip(facts: ClipFacts, *, width: int, height: int, num_frames: int, fps: float, sample_rate_hz: int) -> None:
-    """Compare a clip with what was asked; EngineFault listing every deviation, in asked and found values."""
+    """Compare a clip with what was asked; EngineFault listing every deviation, in asked and found values.
+
+    `sample_rate_hz` 0 asks for a clip without sound.
+    """
     duration_s = num_frames / fps
     frame_s = 1 / fps
     checks = [
@@ -69,13 +72,16 @@ def check_clip(facts: ClipFacts, *, width: int, height: int, num_frames: int, fp
         ("video_start_s", 0.0, facts.video_start_s, START_TOLERANCE_S),
         ("audio_start_s", 0.0, facts.audio_start_s, START_TOLERANCE_S),
         ("duration_s", duration_s, facts.duration_s, frame_s),
-        ("audio_duration_s", duration_s, facts.audio_duration_s, frame_s),
+        ("audio_duration_s", duration_s if sample_rate_hz else 0.0, facts.audio_duration_s, frame_s),
     ]
     deviations = [
         f"{name} must be {asked}, got {found}" for name, asked, found, slack in checks if abs(found - asked) > slack
     ]
-    codecs = [("video_codec", "h264", facts.video_codec), ("audio_codec", "aac", facts.audio_codec)]
-    deviations += [f"{name} must be {asked}, got {found or 'none'}" for name, asked, found in codecs if found != asked]
+    sound = "aac" if sample_rate_hz else ""
+    codecs = [("video_codec", "h264", facts.video_codec), ("audio_codec", sound, facts.audio_codec)]
+    deviations += [
+        f"{name} must be {asked or 'none'}, got {found or 'none'}" for name, asked, found in codecs if found != asked
+    ]
     if deviations:
         raise EngineFault(f"the written clip is not what was asked: {'; '.join(deviations)}")
 

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.errors import EngineFault, StorageFull
 from pipeline.media.mux import AAC_FRAME_SAMPLES, EncodeReport, EncodeSettings, exact_rate, write_clip
-from pipeline.media.probe import probe_clip
+from pipeline.media.probe import check_clip, probe_clip
 
 SETTINGS = EncodeSettings(preset="veryfast", crf=18, x264_threads=2, audio_bitrate_kbps=128)
 HEIGHT, WIDTH = 128, 192
@@ -112,6 +112,16 @@ def test_sound_is_padded_or_cut_to_the_picture(tmp_path: Path, num_samples: int)
     assert probe_clip(path).audio_duration_s == pytest.approx(25 / 24, abs=1 / 24000)
     played = decoded_sound(path)
     assert np.abs(played[:, num_samples + AAC_FRAME_SAMPLES : 25_000]).max(initial=0.0) < 0.02
+
+
+def test_a_model_without_sound_gives_a_clip_without_a_sound_track(tmp_path: Path) -> None:
+    path = tmp_path / "silent.mp4"
+    write_clip(path, moving_chunks(9), None, fps=29.97, num_frames=9, sample_rate_hz=0, settings=SETTINGS)
+    facts = probe_clip(path)
+    assert not facts.has_audio and facts.video_start_s == 0 and facts.num_frames == 9
+    check_clip(facts, width=WIDTH, height=HEIGHT, num_frames=9, fps=29.97, sample_rate_hz=0)
+    with pytest.raises(EngineFault, match="audio_codec must be aac, got none"):
+        check_clip(facts, width=WIDTH, height=HEIGHT, num_frames=9, fps=29.97, sample_rate_hz=24000)
 
 
 def test_a_click_is_heard_at_the_sample_where_it_was_put(tmp_path: Path) -> None:
