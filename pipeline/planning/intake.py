@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.errors import InvalidRequest
 from pipeline.records.request import RecipeRules, RenderRequest, RequestLimits, parse_request
+from pipeline.records.wishes import PLAIN_MODEL, ModelRules
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def admit_rows(
     recipes: Mapping[str, RecipeRules],
     default_recipe: str,
     limits: RequestLimits,
+    model: ModelRules = PLAIN_MODEL,
 ) -> Intake:
     """Judge every row. Nothing a row holds can stop the rows after it."""
     good: list[RenderRequest] = []
@@ -47,7 +49,14 @@ def admit_rows(
         rows_of_id[row.get("id") or ""].append(row_index)
         try:
             good.append(
-                parse_request(row, row_index=row_index, recipes=recipes, default_recipe=default_recipe, limits=limits)
+                parse_request(
+                    row,
+                    row_index=row_index,
+                    recipes=recipes,
+                    default_recipe=default_recipe,
+                    limits=limits,
+                    model=model,
+                )
             )
         except InvalidRequest as error:
             bad.append((row_index, row, error.problems))

@@ -17,6 +17,7 @@ from pipeline.errors import UsageError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.intake import Intake, Rejection, admit_rows
 from pipeline.records.request import RecipeRules, RenderRequest, RequestLimits
+from pipeline.records.wishes import PLAIN_MODEL, ModelRules
 from pipeline.records.work import WorkItem, content_key
 
 # What a recipe gives a row is part of the resolved request already, and a thumbnail is neither pixels nor sound.
@@ -53,10 +54,11 @@ class Planner:
     fingerprint: str
     limits: RequestLimits
     estimator: Estimator
+    model: ModelRules = PLAIN_MODEL
 
     def intake(self, rows: Iterable[Mapping[str, Any]]) -> Intake:
         rules = {name: recipe_rules(recipe) for name, recipe in self.recipes.items()}
-        return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits)
+        return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits, model=self.model)
 
     def item(self, request: RenderRequest) -> WorkItem:
         recipe = self.recipes[request.recipe]

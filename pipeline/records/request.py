@@ -25,21 +25,8 @@ from pipeline.geometry import (
     num_audio_latents,
     render_shape,
 )
+from pipeline.records.wishes import NO_WISHES, PLAIN_MODEL, ModelRules, Wishes, wishes_of
 
-# Columns of tasks that no recipe can do yet: part of the schema, refused in a row that fills them in.
-TASK_COLUMNS = (
-    "negative_prompt",
-    "images",
-    "audio",
-    "video",
-    "loras",
-    "camera",
-    "scenes",
-    "enhance_prompt",
-    "num_steps",
-    "cfg_scale",
-    "stg_scale",
-)
 INT64_RANGE = range(-(2**63), 2**63)
 INT32_RANGE = range(-(2**31), 2**31)
 MIN_FPS = 1.0
@@ -58,6 +45,10 @@ class RecipeRules:
     fps: float
     grid_px: int
     crop: bool
+    # Text to steer away from; None for a recipe without guidance.
+    negative_prompt: str | None = None
+    # Of wishes.OVERRIDE_COLUMNS, those that the recipe has numbers for.
+    honours: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -82,6 +73,7 @@ class RenderRequest:
     fps: float
     recipe: str
     grid_px: int
+    wishes: Wishes = NO_WISHES
     priority: int = 0
     tags: tuple[tuple[str, str], ...] = ()
 
@@ -98,6 +90,8 @@ class RenderRequest:
         content = asdict(self)
         for name in ("id", "row_index", "priority", "tags", "recipe", "grid_px"):
             del content[name]
+        for adapter in content["wishes"]["adapters"]:
+            del adapter["uri"]
         return content
 
 
@@ -113,6 +107,7 @@ def parse_request(
     recipes: Mapping[str, RecipeRules],
     default_recipe: str,
     limits: RequestLimits,
+    model: ModelRules = PLAIN_MODEL,
 ) -> RenderRequest:
     """The request of a row whose columns have possible types (`storage.manifest` saw to that).
 
@@ -130,7 +125,14 @@ def parse_request(
     num_frames, fps = _timing_of(row, rules, limits, problems)
     seed = _whole(row, "seed", INT64_RANGE, problems)
     priority = _whole(row, "priority", INT32_RANGE, problems)
-    problems.extend(_unsupported_tasks(row, rules.name))
+    wishes = wishes_of(
+        row,
+        recipe=rules.name,
+        negative_prompt=rules.negative_prompt,
+        honours=rules.honours,
+        model=model,
+        problems=problems,
+    )
     if problems:
         raise InvalidRequest(tuple(problems))
     return RenderRequest(
@@ -144,6 +146,7 @@ def parse_request(
         fps=fps,
         recipe=rules.name,
         grid_px=rules.grid_px,
+        wishes=wishes,
         priority=priority or 0,
         tags=tag_pairs(row.get("tags")),
     )
@@ -245,16 +248,3 @@ def _timing_of(
             f"a clip must be long enough for one sound latent (0.02 s), got {frames} frames at {fps:g} fps; add frames"
         )
     return frames, fps
-
-
-def _unsupported_tasks(row: Mapping[str, Any], recipe: str) -> list[str]:
-    """A filled-in column that the recipe cannot honour is an error, never ignored."""
-    asked = [name for name in TASK_COLUMNS if _asks_for_something(row.get(name))]
-    return [f"{name} is not supported by recipe {recipe}, got {row[name]!r}; leave the column empty" for name in asked]
-
-
-def _asks_for_something(value: Any) -> bool:
-    """False for null, false, an empty text or list, and a struct of nothing else."""
-    if isinstance(value, Mapping):
-        return any(_asks_for_something(part) for part in value.values())
-    return value is not None and value is not False and value not in ("", [])
