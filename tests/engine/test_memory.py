@@ -1,0 +1,85 @@
+"""The memory plan: what waits on the host, by the sizes of the published model; and that moving changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.engine.memory import Part, activations, plan_memory
+from pipeline.engine.residency import Residency
+from pipeline.errors import OutOfMemory
+from pipeline.geometry import PixelShape, latent_shape
+
+GB = 10**9
+TEXT = Part("text_encoder", 24 * GB, frozenset({"text_encode"}))
+DENOISER = Part("denoiser", 38 * GB, frozenset({"denoise"}))
+DECODER = Part("video_decoder", 1 * GB, frozenset({"decode"}))
+REST = Part("rest", 4 * GB, frozenset({"text_encode", "denoise", "upsample", "decode"}))
+LTX2 = (TEXT, DENOISER, DECODER, REST)
+
+
+def needed(width: int, height: int, num_frames: int = 121, samples: int = 1) -> dict[str, int]:
+    pixels = PixelShape(num_frames, height, width, 24.0)
+    return activations(pixels, latent_shape(pixels), width=4096, samples=samples, element_bytes=2)
+
+
+def test_activations_are_what_was_measured() -> None:
+    """facts/performance.md: 30.0 and 9.3 GB of decode (1 GB of it weights), 1.95 GB above the denoiser's weights."""
+    large, small = needed(1920, 1088), needed(960, 544)
+    assert large["decode"] == pytest.approx(29.0e9, rel=0.02)
+    assert small["decode"] == pytest.approx(8.3e9, rel=0.02)
+    assert large["denoise"] == pytest.approx(1.95e9, rel=0.05)
+
+
+def test_on_a_card_of_141_gb_everything_stays() -> None:
+    plan = plan_memory(LTX2, needed(1920, 1088), 139 * GB)
+    assert plan.on_host == frozenset()
+
+
+def test_on_a_card_of_80_gb_the_text_encoder_waits_because_that_moves_least() -> None:
+    plan = plan_memory(LTX2, needed(1920, 1088), 80 * GB)
+    assert plan.on_host == {"text_encoder"}
+    assert max(plan.peak_bytes.values()) <= 80 * GB
+    assert plan.peak_bytes["text_encode"] > plan.peak_bytes["upsample"]
+
+
+def test_on_a_small_card_parts_take_turns() -> None:
+    plan = plan_memory(LTX2, needed(960, 544), 48 * GB)
+    assert plan.on_host == {"text_encoder", "denoiser"}
+    assert max(plan.peak_bytes.values()) <= 48 * GB
+
+
+def test_what_can_never_fit_says_which_phase_and_how_much() -> None:
+    with pytest.raises(
+        OutOfMemory, match=r"decode needs 1\d\d\.\d GB of device memory .* got 80\.0 GB; render a smaller"
+    ):
+        plan_memory(LTX2, needed(3840, 2176), 80 * GB)
+
+
+def test_a_part_that_waits_is_whole_again_after_each_use_and_keeps_what_changed() -> None:
+    still, changing = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = {name: tensor.clone() for name, tensor in still.state_dict().items()}
+    residency = Residency({"still": still, "changing": changing}, "cpu", changing={"changing"})
+    home = still.weight.data_ptr()
+    with torch.inference_mode(), residency.using("still"):
+        assert still.weight.data_ptr() != home
+        still(torch.ones(1, 3))
+    assert still.weight.data_ptr() == home
+    assert all(torch.equal(tensor, before[name]) for name, tensor in still.state_dict().items())
+    with residency.using("changing"), torch.no_grad():
+        changing.weight.fill_(7.0)
+    assert bool((changing.weight == 7).all())
+    with residency.using("changing"), residency.using("not a waiting part"):
+        assert bool((changing.weight == 7).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_waiting_part_takes_no_device_memory_between_uses() -> None:
+    module = nn.Linear(4096, 4096)
+    residency = Residency({"part": module}, "cuda")
+    start = torch.cuda.memory_allocated()
+    with residency.using("part"):
+        assert module.weight.is_cuda and torch.cuda.memory_allocated() >= start + 4 * 4096**2
+    assert module.weight.is_pinned() and torch.cuda.memory_allocated() == start
