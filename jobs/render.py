@@ -47,7 +47,7 @@ def _staged(job: RenderJob) -> str:
     except UsageError:
         if not job.model.built_here:
             raise
-        return stage_model(job.model)
+        return stage_model(job.model, {})
 
 
 def _stop_on_signals() -> StopRequest:

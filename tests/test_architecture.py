@@ -68,7 +68,8 @@ MAY_IMPORT: dict[str, set[str]] = {
                     "pipeline.planning.reach"},
     "jobs.report": {"pipeline.config", "pipeline.errors", "pipeline.report.rebuild", "pipeline.storage.store"},
     "jobs.submit": {"pipeline.config", "pipeline.errors", "pipeline.planning.reach"},
-    "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.engine.nano"},
+    "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.storage.hub",
+                           "pipeline.engine.nano"},
 }  # fmt: skip
 
 # library -> the only modules that may import it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 import re
 from dataclasses import dataclass, field
@@ -95,7 +96,22 @@ class StageWeightsJob:
     """Everything `jobs.stage_weights` reads."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    # Print the files of the model's sources with their sizes, and fetch nothing.
+    list: bool = False
+    # Adapters and camera moves to fetch as well, by name; [all] for all. (Within this class `list` is the field above.)
+    extras: builtins.list[str] = field(default_factory=builtins.list)
     log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.extras) - self.model.extras().keys() - {"all"})
+        names = ", ".join([*self.model.extras(), "all"])
+        require(not unknown, "extras", f"names of {self.model.name}'s adapters and cameras", unknown, f"use {names}")
+
+    @property
+    def chosen_extras(self) -> dict[str, str]:
+        """The files of `extras` by name."""
+        available = self.model.extras()
+        return available if "all" in self.extras else {name: available[name] for name in self.extras}
 
 
 @dataclass

@@ -32,25 +32,32 @@ class NotStaged(UsageError):
 SIDECAR = "fingerprint.{model}.json"
 
 
-def stage(folder: Path, model: str, parts: Mapping[str, str]) -> str:
+def stage(
+    folder: Path, model: str, parts: Mapping[str, str], extras: Mapping[str, str], known: Mapping[str, str]
+) -> str:
     """Hash the files of `parts` (part -> file or folder, relative to `folder`) into a sidecar; returns the fingerprint.
 
-    Raises UsageError that names every part that is missing.
+    `extras` are in the sidecar and no part of the fingerprint, so that adding an adapter renders nothing again. `known`
+    holds the sha256 of files that were hashed a moment ago, by path relative to `folder`. Raises UsageError that names
+    every part that is missing.
     """
-    missing = [f"{part} {folder / name}" for part, name in parts.items() if not (folder / name).exists()]
+    everything = {**parts, **extras}
+    missing = [f"{part} {folder / name}" for part, name in everything.items() if not (folder / name).exists()]
     if missing:
         raise UsageError(
             f"model {model} must have all its files, missing: {', '.join(missing)}; see conf/model/{model}.yaml"
         )
     hashes: dict[str, str] = {}
     files: dict[str, dict[str, Any]] = {}
-    for part, name in parts.items():
+    for part, name in everything.items():
         base = folder / name
         for file in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]:
-            digest = sha256_of(file)
-            # The fingerprint is of contents: where the files lie and what the checkpoint file is called is no part.
-            hashes[f"{part}/{file.relative_to(base).as_posix()}"] = digest
-            files[str(Path(name) / file.relative_to(base))] = {"sha256": digest, "size_bytes": file.stat().st_size}
+            path = str(Path(name) / file.relative_to(base))
+            digest = known.get(path) or sha256_of(file)
+            files[path] = {"sha256": digest, "size_bytes": file.stat().st_size}
+            if part in parts:
+                # The fingerprint is of contents: where files lie and what the checkpoint file is called is no part.
+                hashes[f"{part}/{file.relative_to(base).as_posix()}"] = digest
     whole = json.dumps(hashes, sort_keys=True, separators=(",", ":"))
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()
     sidecar = {"model": model, "fingerprint": fingerprint, "files": files}
