@@ -24,6 +24,7 @@ from pipeline.cluster.pool import Pool, Worker
 from pipeline.cluster.progress import Counts, Progress, say
 from pipeline.config.cluster import Price
 from pipeline.config.jobs import RenderJob
+from pipeline.config.model import ModelConfig
 from pipeline.config.recipe import RecipeConfig
 from pipeline.config.tree import to_plain
 from pipeline.cost.allocation import Allocation, allocate
@@ -37,7 +38,9 @@ from pipeline.planning.queue import WorkQueue
 from pipeline.planning.reach import refuse_scattered_output
 from pipeline.records.outcome import NS_PER_S, RunFacts, WorkerSeat, item_row, rejected_row, skipped_row, timestamp
 from pipeline.records.request import RequestLimits
+from pipeline.records.wishes import ModelRules
 from pipeline.report.rebuild import rebuild
+from pipeline.storage.adapters import AdapterShelf
 from pipeline.storage.assets import AssetStore, RunningIndex
 from pipeline.storage.manifest import Manifest, open_manifest
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
@@ -71,6 +74,16 @@ def planner(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: st
         fingerprint=fingerprint,
         limits=RequestLimits(job.limits.max_side_px, job.limits.max_duration_s),
         estimator=Estimator(job.model.size, worker_tflops(job, device), unit_price(worker_price(job, device))),
+        model=_model_rules(job.model),
+    )
+
+
+def _model_rules(model: ModelConfig) -> ModelRules:
+    folder = model.folder.rstrip("/")
+    return ModelRules(
+        cameras={move: f"{folder}/{file}" for move, file in model.cameras.items()},
+        can_enhance=model.can_enhance,
+        adapter_sha256=AdapterShelf(f"{folder}/{model.checkpoint}").sha256,
     )
 
 

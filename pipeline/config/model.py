@@ -60,6 +60,8 @@ class ModelConfig:
     sources: dict[str, str] = field(default_factory=dict)
     license: str = ""
     has_audio: bool = True
+    # If its text encoder can rewrite prompts: Gemma can, T5's encoder has no output words.
+    can_enhance: bool = True
     exchange_timesteps: str = "1.2.0"
     # Where a worker keeps its copy of a model whose folder is in a bucket.
     cache: str = "~/.cache/ltx-render-farm"

@@ -130,6 +130,8 @@ class Rendered:
     timings: Timings
     started_ns: int
     finished_ns: int
+    # As it was given to the model: enhanced, if the row asked for that.
+    prompt: str
     adopted_from: str | None = None
     peak_gpu_memory_bytes: int | None = None
 
@@ -225,6 +227,7 @@ def rendered_row(rendered: Rendered, facts: RunFacts) -> dict[str, Any]:
     row.update(_asset_columns(asset))
     row.update({name: getattr(timings, name) for name in Timings.__slots__})
     row.update(
+        prompt=rendered.prompt,
         attempts=rendered.item.attempt,
         rendered_by_run=rendered.adopted_from or facts.run_id,
         peak_gpu_memory_bytes=rendered.peak_gpu_memory_bytes,
@@ -239,6 +242,7 @@ def recovered_row(item: WorkItem, record: Mapping[str, Any], facts: RunFacts) ->
     row = item_row(item, facts, status="rendered")
     row.update({name: record[name] for name in (*ClipAsset.__slots__, *Timings.__slots__)})
     row.update(
+        prompt=record["prompt"],
         attempts=record["attempt"],
         rendered_by_run=record["run_id"],
         peak_gpu_memory_bytes=record["peak_gpu_memory_bytes"],

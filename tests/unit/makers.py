@@ -43,4 +43,4 @@ def asset(stem: str = "a") -> ClipAsset:
 
 
 def rendered(work: WorkItem) -> Rendered:
-    return Rendered(work, asset(work.request.id), Timings(wall_s=1.0), 0, S)
+    return Rendered(work, asset(work.request.id), Timings(wall_s=1.0), 0, S, work.request.prompt)
