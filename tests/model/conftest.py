@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kernels.ops import reference_ops
-from pipeline.model.checkpoint import CheckpointFile, load_denoiser
+from kernels.ops import OpSet, reference_ops
+from pipeline.model.checkpoint import (
+    CheckpointFile,
+    build_on_meta,
+    denoiser_names,
+    fill_module,
+    load_denoiser,
+    read_hparams,
+)
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.streams import DistinctTimesteps, Perturbation, TokenStream
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+STRATEGIES = {
+    "AttentionSkip": "attention",
+    "AttentionValues": "values",
+    "Residual": "residual",
+    "TransformerBlock": "block",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,20 +51,50 @@ def fixtures() -> Path:
 
 
 @pytest.fixture(scope="session")
-def av_denoiser() -> AudioVideoDenoiser:
-    return load_denoiser(CheckpointFile(FIXTURES / "dit_ltx2_0" / "model.safetensors"), reference_ops(), "cpu")
+def load(fixtures) -> Callable[[str], AudioVideoDenoiser]:
+    """The float32 denoiser of a golden folder, loaded once."""
+
+    @cache
+    def load(folder: str) -> AudioVideoDenoiser:
+        checkpoint = CheckpointFile(fixtures / folder / "model.safetensors")
+        return load_denoiser(checkpoint, reference_ops(), "cpu", torch.float32)
+
+    return load
 
 
 @pytest.fixture(scope="session")
-def video_only_denoiser() -> AudioVideoDenoiser:
-    path = FIXTURES / "dit_ltx2_0_video_model" / "model.safetensors"
-    return load_denoiser(CheckpointFile(path), reference_ops(), "cpu")
+def load_altered(fixtures) -> Callable[..., AudioVideoDenoiser]:
+    """The denoiser of a golden folder with other operations or hyper-parameters than its metadata says."""
+
+    def load(folder: str, ops: OpSet | None = None, **hparams: object) -> AudioVideoDenoiser:
+        checkpoint = CheckpointFile(fixtures / folder / "model.safetensors")
+        denoiser = build_on_meta(replace(read_hparams(checkpoint), **hparams), ops or reference_ops())
+        names = denoiser_names(denoiser.state_dict(), checkpoint.tensor_specs())
+        fill_module(denoiser, checkpoint, names, device="cpu", dtype=torch.float32, what="the denoiser")
+        return denoiser
+
+    return load
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], GoldenCase]:
+def av_denoiser(load) -> AudioVideoDenoiser:
+    return load("dit_ltx2_0")
+
+
+@pytest.fixture(scope="session")
+def video_only_denoiser(load) -> AudioVideoDenoiser:
+    return load("dit_ltx2_0_video_model")
+
+
+@pytest.fixture(scope="session")
+def golden(fixtures) -> Callable[[str], GoldenCase]:
     """Reads the case of a name such as dit_ltx2_0/case_t2v."""
-    return _read_case
+
+    def read(name: str) -> GoldenCase:
+        folder, case = name.split("/")
+        return _read_case(fixtures / folder / f"{case}.safetensors")
+
+    return read
 
 
 @pytest.fixture(autouse=True)
@@ -58,22 +103,27 @@ def without_gradients() -> object:
         yield
 
 
-def _read_case(name: str) -> GoldenCase:
-    with safe_open(str(FIXTURES / f"{name}.safetensors"), framework="pt") as file:
+def _read_case(path: Path) -> GoldenCase:
+    with safe_open(str(path), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         params = json.loads(file.metadata()["params"])
+    expected = {key: value for key, value in tensors.items() if not key.startswith("in.")}
+    if "in.latent" in tensors:
+        perturbations = _ltx_video_perturbations(tensors.get("in.skip_layer_mask"), params)
+        return GoldenCase(_ltx_video_stream(tensors), None, perturbations, expected)
     recorded = params.get("perturbations")
     return GoldenCase(
         video=_stream(tensors, "video"),
         audio=_stream(tensors, "audio"),
         perturbations=None if recorded is None else tuple(_perturbation(sample) for sample in recorded),
-        expected={key: value for key, value in tensors.items() if not key.startswith("in.")},
+        expected=expected,
     )
 
 
 def _stream(tensors: dict[str, Tensor], name: str) -> TokenStream | None:
     if f"in.{name}.latent" not in tensors:
         return None
+    keyframes = tensors.get(f"in.{name}.keyframes_mask")
     return TokenStream(
         tokens_BTC=tensors[f"in.{name}.latent"],
         timesteps=DistinctTimesteps.from_tokens(tensors[f"in.{name}.timesteps"].squeeze(-1)),
@@ -82,6 +132,7 @@ def _stream(tensors: dict[str, Tensor], name: str) -> TokenStream | None:
         text_BSD=tensors[f"in.{name}.context"],
         text_mask_BS=tensors.get(f"in.{name}.context_mask"),
         attention_mask_BTT=tensors.get(f"in.{name}.attention_mask"),
+        keyframes_mask_BT=None if keyframes is None else keyframes.squeeze(-1),
     )
 
 
@@ -95,3 +146,25 @@ def _perturbation(sample: list[list]) -> Perturbation:
         audio_self_attention=frozenset(blocks.get("SKIP_AUDIO_SELF_ATTN", ())),
         isolate_streams=isolated <= blocks.keys(),
     )
+
+
+def _ltx_video_stream(tensors: dict[str, Tensor]) -> TokenStream:
+    start_BAT, timesteps_BT = tensors["in.positions"], tensors["in.timesteps"]
+    return TokenStream(
+        tokens_BTC=tensors["in.latent"],
+        timesteps=DistinctTimesteps.from_tokens(timesteps_BT),
+        sigma_B=timesteps_BT.amax(dim=1),
+        # Where tokens end is not recorded and must not matter.
+        positions_BAT2=torch.stack((start_BAT, start_BAT + 8), dim=-1),
+        text_BSD=tensors["in.context"],
+        text_mask_BS=tensors["in.context_mask"],
+    )
+
+
+def _ltx_video_perturbations(mask: Tensor | None, params: dict) -> tuple[Perturbation, ...] | None:
+    """From the recorded mask of layers and samples, 0 where perturbed."""
+    if mask is None:
+        return None
+    strategy = STRATEGIES[params["skip_layer_strategy"]]
+    return tuple(Perturbation(frozenset((column == 0).nonzero().flatten().tolist()), strategy=strategy)
+                 for column in mask.unbind(dim=1))  # fmt: skip
