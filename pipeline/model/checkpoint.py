@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kernels.ops import OpSet
 from pipeline.errors import CheckpointMismatch, UsageError
 from pipeline.model.denoiser import AudioVideoDenoiser
-from pipeline.model.fitting import TensorSpec, differences, mismatch_message, scale_of
+from pipeline.model.fitting import TensorSpec, differences, listed, scale_of
 from pipeline.model.fp8 import Fp8Linear, use_fp8
 from pipeline.model.hparams import DenoiserHparams, ExchangeTimesteps
 
@@ -283,7 +283,11 @@ def fill_module(
     """
     problems = differences(_places(module), checkpoint.tensor_specs(), names)
     if problems:
-        raise CheckpointMismatch(mismatch_message(checkpoint.path, what, problems))
+        headline = (
+            f"{checkpoint.path}: tensors of {what} must be exactly those of the model its metadata describes, got "
+            f"{len(problems)} differences; use the published file of this model"
+        )
+        raise CheckpointMismatch(listed(headline, problems))
     for stored, place in names.items():
         fill_place(module, place, checkpoint, stored, device, dtype)
 

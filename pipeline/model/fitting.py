@@ -6,13 +6,12 @@ Works on what headers say, before anything is read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NUM_DIFFERENCES_SHOWN = 20
+NUM_PROBLEMS_SHOWN = 20
 
 
 class TensorSpec(NamedTuple):
@@ -62,12 +61,8 @@ def scale_of(name: str, specs: Mapping[str, TensorSpec]) -> str | None:
     return scale if scaled and scale in specs else None
 
 
-def mismatch_message(path: Path, what: str, problems: list[str]) -> str:
-    """The problems below one line that says what should be, cut where they are many."""
-    shown = problems[:NUM_DIFFERENCES_SHOWN]
+def listed(headline: str, problems: list[str]) -> str:
+    """A message of one line that says what should be, and below it the problems, cut where they are many."""
+    shown = problems[:NUM_PROBLEMS_SHOWN]
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-    lines = "\n".join(f"  {line}" for line in shown + more)
-    return (
-        f"{path}: tensors of {what} must be exactly those of the model its metadata describes, got {len(problems)} "
-        f"differences; use the published file of this model\n{lines}"
-    )
+    return "\n".join([headline, *(f"  {line}" for line in shown + more)])
