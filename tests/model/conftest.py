@@ -150,12 +150,14 @@ def _perturbation(sample: list[list]) -> Perturbation:
 
 def _ltx_video_stream(tensors: dict[str, Tensor]) -> TokenStream:
     start_BAT, timesteps_BT = tensors["in.positions"], tensors["in.timesteps"]
+    # Where tokens end is not recorded: 32 pixels further; 8 frames later, but the first latent is a single frame.
+    extent_BAT = torch.full_like(start_BAT, 32.0)
+    extent_BAT[:, 0] = torch.where(start_BAT[:, 0] == 0, 0.04, 0.32)
     return TokenStream(
         tokens_BTC=tensors["in.latent"],
         timesteps=DistinctTimesteps.from_tokens(timesteps_BT),
         sigma_B=timesteps_BT.amax(dim=1),
-        # Where tokens end is not recorded and must not matter.
-        positions_BAT2=torch.stack((start_BAT, start_BAT + 8), dim=-1),
+        positions_BAT2=torch.stack((start_BAT, start_BAT + extent_BAT), dim=-1),
         text_BSD=tensors["in.context"],
         text_mask_BS=tensors["in.context_mask"],
     )

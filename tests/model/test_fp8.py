@@ -123,7 +123,7 @@ def test_float8_product_is_that_of_the_rounded_numbers_and_near_the_exact_one():
     rounded_x, rounded_weight = (q.double() * s for q, s in (quantise_rows(x.flatten(0, 1)), scaled_weight))
     expected = (rounded_x @ rounded_weight.T + bias).unflatten(0, (2, 5))
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    # Each factor is off by a sixteenth at most, or by the smallest half step: so is their product, summed over channels.
+    # Each factor is off by a sixteenth at most, or by the smallest half step; so then is each product of the sum.
     allowed = (2 * HALF_STEP + HALF_STEP**2) * (x.abs() @ weight.abs().T) + 0.01
     assert ((got - torch.nn.functional.linear(x, weight, bias)).abs() <= allowed).all()
 
