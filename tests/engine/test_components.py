@@ -32,7 +32,7 @@ def inventory(fixtures):
         content = json.loads((fixtures / "inventory" / f"{name}.json").read_text())
         config = content["metadata"]["config"]
         shapes = {tensor: shape for tensor, (shape, _) in content["tensors"].items()}
-        return json.loads(config) if isinstance(config, str) else config, shapes
+        return config, shapes
 
     return read
 

@@ -73,10 +73,11 @@ def test_absent_projection_is_named(fixtures, tmp_path):
         load_text_connectors(CheckpointFile(tmp_path / "less.safetensors"), device="cpu", dtype=None)
 
 
-def test_ltxv_hands_on_what_the_encoder_says_and_the_mask(fixtures):
-    connectors = load_text_connectors(
-        CheckpointFile(fixtures / "e2e_ltxv_0_9_8/checkpoint.safetensors"), device="cpu", dtype=None
-    )
+def test_ltxv_hands_on_what_the_encoder_says_and_the_mask(fixtures, tmp_path):
+    published = json.loads((fixtures / "inventory" / "ltxv-2b-0.9.8-distilled.json").read_text())
+    metadata = {"config": json.dumps(published["metadata"]["config"])}
+    save_file({"unused": torch.zeros(1)}, tmp_path / "ltxv.safetensors", metadata)
+    connectors = load_text_connectors(CheckpointFile(tmp_path / "ltxv.safetensors"), device="cpu", dtype=None)
     states = TextStates(torch.randn(1, 8, 4, 1), torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]]))
     context = connectors.connect(states)
     assert torch.equal(context.video_BSD, states.hidden_BSDL[..., 0])
