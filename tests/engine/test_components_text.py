@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import sys
 
 import pytest
 import torch
@@ -147,6 +148,41 @@ def test_broken_gemma_weights_are_refused(gemma_copy):
 def test_text_length_must_suit_the_registers(nano_folder):
     with pytest.raises(UsageError, match="multiple of 128, got 100"):
         _encoder(nano_folder / "gemma-nano", max_tokens=100)
+
+
+@pytest.mark.parametrize(("bits", "least_likeness", "bytes_a_weight"), [(8, 0.999, 1.15), (4, 0.98, 0.7)])
+def test_text_encoder_in_few_bits_is_smaller_and_says_nearly_the_same(
+    nano_folder, bits, least_likeness, bytes_a_weight
+):
+    pytest.importorskip("optimum.quanto", reason="optional")
+    settings = {"max_tokens": 128, "device": "cpu", "dtype": torch.bfloat16}
+    whole = load_text_encoder(nano_folder / "gemma-nano", **settings)
+    small = load_text_encoder(nano_folder / "gemma-nano", **settings, bits=bits)
+    with torch.inference_mode():
+        expected, actual = (encoder.encode(["a red fox"]).hidden_BSDL.float().flatten() for encoder in (whole, small))
+    assert torch.cosine_similarity(actual, expected, dim=0) > least_likeness
+    assert not torch.equal(actual, expected)
+    weights = [layer.weight for layer in small._writer.model.modules() if type(layer).__name__ == "QLinear"]
+    assert sum(map(_bytes, weights)) / sum(weight.numel() for weight in weights) < bytes_a_weight
+    assert small.rewrite("x", "y", seed=1, max_new_tokens=3)
+
+
+def _bytes(tensor):
+    """Of a tensor, or of the tensors that a quantised one is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def test_few_bits_without_the_library_are_refused_with_a_way_out(nano_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optimum.quanto", None)
+    with pytest.raises(UsageError, match=r"pip install optimum-quanto"):
+        load_text_encoder(nano_folder / "gemma-nano", max_tokens=128, device="cpu", dtype=None, bits=8)
+
+
+def test_other_numbers_of_bits_are_refused(nano_folder):
+    with pytest.raises(UsageError, match="16, 8 or 4 bits, got 6"):
+        load_text_encoder(nano_folder / "gemma-nano", max_tokens=128, device="cpu", dtype=None, bits=6)
 
 
 def _rewritten(encoder, **settings):

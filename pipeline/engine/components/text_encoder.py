@@ -7,7 +7,8 @@ Shapes: B batch, S text tokens, D width, L hidden states of the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from pipeline.engine.components.quantise import quantise_weights
 from pipeline.engine.components.sentencepiece import t5_tokenizer
 from pipeline.engine.components.text import NUM_REGISTERS, TextStates
 from pipeline.errors import CheckpointMismatch, UsageError
@@ -68,7 +70,8 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         ).to(self._device)
-        return TextStates(self._read(tokens.input_ids, tokens.attention_mask), tokens.attention_mask)
+        with _without_gradients():
+            return TextStates(self._read(tokens.input_ids, tokens.attention_mask), tokens.attention_mask)
 
     def rewrite(
         self, instructions: str, prompt: str, *, seed: int, max_new_tokens: int = 512, temperature: float = 0.7
@@ -90,7 +93,7 @@ class TextEncoder:
             sampling = {"do_sample": True, "temperature": temperature}
         # The library draws from the global generators only.
         devices = [torch.device(self._device)] if self._device.startswith("cuda") else []
-        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        with torch.random.fork_rng(devices=devices), _without_gradients():
             torch.manual_seed(seed % 2**63)
             written_BS = self._writer.generate(
                 ids_BS,
@@ -110,25 +113,29 @@ class TextEncoder:
         return text
 
 
-def load_text_encoder(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtype | None) -> TextEncoder:
+def load_text_encoder(
+    folder: Path, *, max_tokens: int, device: str, dtype: torch.dtype | None, bits: int = 16
+) -> TextEncoder:
     """The text encoder of `folder`: T5 if it has a subfolder `text_encoder`, else Gemma 3.
 
-    `dtype` None keeps the stored one. UsageError if the folder cannot be used, CheckpointMismatch if tensors lack.
+    `dtype` None keeps the stored one; `bits` 8 or 4 makes its linear weights smaller before they go to `device`.
+    UsageError if the folder or the bits cannot be used, CheckpointMismatch if tensors lack.
     """
     transformers_logging.disable_progress_bar()
-    if (folder / "text_encoder").is_dir():
-        return _load_t5(folder, max_tokens=max_tokens, device=device, dtype=dtype)
-    return _load_gemma(folder, max_tokens=max_tokens, device=device, dtype=dtype)
+    load = _load_t5 if (folder / "text_encoder").is_dir() else _load_gemma
+    return load(folder, max_tokens=max_tokens, device=device, dtype=dtype, bits=bits)
 
 
-def _load_gemma(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtype | None) -> TextEncoder:
+def _load_gemma(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtype | None, bits: int) -> TextEncoder:
     if max_tokens % NUM_REGISTERS:
         raise UsageError(f"model.size.text_tokens must be a multiple of {NUM_REGISTERS}, got {max_tokens}; use 1024")
     # Without tokenizer.json the library makes up an empty vocabulary and says nothing.
     _require_files(folder, "config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors")
     model = _pretrained(Gemma3ForConditionalGeneration, folder, dtype, "Gemma 3")
     tokenizer = _tokenizer(folder, "left")
-    language_model = model.model.language_model.eval().requires_grad_(False).to(device)
+    language_model = model.model.language_model.eval().requires_grad_(False)
+    quantise_weights(language_model, bits=bits)
+    language_model.to(device)
 
     def read(ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         states = language_model(
@@ -149,18 +156,27 @@ def _writer(model: Any, language_model: nn.Module, device: str) -> Gemma3ForCaus
     return writer.eval()
 
 
-def _load_t5(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtype | None) -> TextEncoder:
+def _load_t5(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtype | None, bits: int) -> TextEncoder:
     _require_files(folder / "text_encoder", "config.json", "*.safetensors")
     model = _pretrained(T5EncoderModel, folder / "text_encoder", dtype, "T5")
     words = folder / "tokenizer"
     tokenizer = _tokenizer(words, "right") if (words / "tokenizer.json").is_file() else t5_tokenizer(words)
-    encoder = model.eval().requires_grad_(False).to(device)
+    encoder = model.eval().requires_grad_(False)
+    quantise_weights(encoder, bits=bits)
+    encoder.to(device)
 
     def read(ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         states: Tensor = encoder(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
         return states[..., None]
 
     return TextEncoder(read, tokenizer, max_tokens=max_tokens, device=device)
+
+
+@contextmanager
+def _without_gradients() -> Iterator[None]:
+    # Weights in 4 bits cannot compute in inference mode, which callers are in.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _require_files(folder: Path, *patterns: str) -> None:
