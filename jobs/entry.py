@@ -22,17 +22,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import (
-    RecipeConfig,
-    RenderJob,
-    ReportJob,
-    StageWeightsJob,
-    SubmitJob,
-    from_tree,
-    leaf_keys,
-    set_verbatim,
-    yaml_text,
-)
+from pipeline.config.jobs import RenderJob, ReportJob, StageWeightsJob, SubmitJob
+from pipeline.config.recipe import RecipeConfig
+from pipeline.config.tree import from_tree, leaf_keys, set_verbatim, yaml_text
 from pipeline.errors import PipelineError, UsageError
 from pipeline.telemetry import log_to_stderr
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.assembly.driver_side import make_plan, worker_device, worker_price, worker_tflops
-from pipeline.config import RecipeConfig, RenderJob
+from pipeline.config.jobs import RenderJob
+from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.pricing import unit_price
 from pipeline.errors import UsageError
 from pipeline.planning.estimate import quote

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from jobs.entry import StageWeightsJob, compose_job, run_job
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.storage.models import stage
 
 

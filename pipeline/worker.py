@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import RecipeConfig
+from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
 from pipeline.engine.engine import RenderEngine
 from pipeline.errors import EngineFault, PipelineError, fault_of

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from kernels.ops import device_ops
-from pipeline.config import RecipeConfig, RenderJob
+from pipeline.config.jobs import RenderJob
+from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
 from pipeline.engine.engine import load_engine
 from pipeline.media.mux import EncodeSettings

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 
-from pipeline.config import Price
+from pipeline.config.cluster import Price
 
 # The scale of `cost_usd` in the ledger: decimal128(38, 14).
 SCALE = Decimal(1).scaleb(-14)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from pipeline.config import DenoiserSize, RecipeConfig
+from pipeline.config.model import DenoiserSize
+from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.geometry import LatentShape, PixelShape, latent_shape
 from pipeline.records.request import RenderRequest

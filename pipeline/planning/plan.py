@@ -10,7 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import PrecisionConfig, RecipeConfig, to_plain
+from pipeline.config.model import PrecisionConfig
+from pipeline.config.recipe import RecipeConfig
+from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.intake import Intake, Rejection, admit_rows

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline.config import RenderJob
+from pipeline.config.jobs import RenderJob
 from pipeline.errors import UsageError
 from pipeline.storage.filesystem import is_local
 

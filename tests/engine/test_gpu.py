@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.ops import reference_ops
-from pipeline.config import PrecisionConfig
+from pipeline.config.model import PrecisionConfig
 from pipeline.engine.engine import load_engine
 
 pytestmark = [

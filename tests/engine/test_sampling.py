@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline import config
-from pipeline.engine.components import TextContext
+from pipeline.config import recipe as recipe_config
+from pipeline.engine.components.text import TextContext
 from pipeline.engine.denoise import denoise, denoising
 from pipeline.engine.latents import Tokens
 from pipeline.engine.samplers import SAMPLERS, euler, sampler_named
@@ -96,4 +96,4 @@ def test_unknown_sampler_is_refused_with_the_names_there_are():
 
 
 def test_the_samplers_a_recipe_may_name_are_those_that_exist() -> None:
-    assert set(SAMPLERS) == set(config.SAMPLERS)
+    assert set(SAMPLERS) == set(recipe_config.SAMPLERS)

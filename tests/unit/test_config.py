@@ -8,7 +8,7 @@ import pytest
 
 from jobs import entry
 from jobs.entry import RenderJob, compose_job, compose_recipes
-from pipeline.config import to_plain
+from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
 
 

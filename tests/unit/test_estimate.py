@@ -6,7 +6,8 @@ from decimal import Decimal
 
 import pytest
 
-from pipeline.config import ClipDefaults, DenoiserSize, RecipeConfig, StageConfig
+from pipeline.config.model import ClipDefaults, DenoiserSize
+from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.geometry import PixelShape, latent_shape
 from pipeline.planning.estimate import Estimator, clip_flops, denoiser_flops, quote

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 
-from pipeline.config import Price
+from pipeline.config.cluster import Price
 from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
 from pipeline.errors import UsageError
 

@@ -1,0 +1,88 @@
+"""Where workers run, how many devices hold a clip, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+
+from omegaconf import MISSING
+
+from pipeline.config.checks import require
+from pipeline.errors import UsageError
+
+
+@dataclass
+class ParallelConfig:
+    """How many devices hold one clip."""
+
+    name: str = "single"
+    num_gpus: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.num_gpus == 1, "parallel.num_gpus", "1", self.num_gpus, "several devices a clip do not exist yet")
+
+
+@dataclass
+class ClusterConfig:
+    """Where workers run, and at what rate they are assumed to compute until a calibration says better."""
+
+    name: str = "in_process"
+    # in_process: one worker on a thread of the driver. ray: worker processes on the cluster that RAY_ADDRESS names, or
+    # on a Ray of this machine that the job starts and ends itself.
+    pool: str = "in_process"
+    # Of the Ray pool; left out: one for each GPU of the cluster, on CPU one for each core, never more than clips.
+    num_workers: int | None = None
+    # How long a worker may wait for free resources, and Ray for its start.
+    start_timeout_s: float = 60.0
+    # auto takes the GPU if this machine has one.
+    device: str = "auto"
+    # The nano model on one thread of a 2-core machine took 11 times as long as 0.05 TFLOP/s says (2026-11-20).
+    assumed_cpu_tflops: float = 0.0045
+    assumed_gpu_tflops: float = 400.0
+    # Every node sees `output` under the same path (NFS, say), so it may be a plain path on several nodes.
+    shared_output: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "cuda"), "cluster.device", "auto, cpu or cuda", self.device, "use auto")
+        pools = ("in_process", "ray")
+        require(self.pool in pools, "cluster.pool", " or ".join(pools), self.pool, "use cluster=local for Ray")
+        if self.num_workers is not None:
+            require(self.num_workers >= 1, "cluster.num_workers", "1 or more", self.num_workers, "leave it out")
+            ok = self.num_workers == 1 or self.pool == "ray"
+            require(ok, "cluster.num_workers", "1 in one process", self.num_workers, "use cluster=local for more")
+        require(self.start_timeout_s > 0, "cluster.start_timeout_s", "above 0", self.start_timeout_s, "use 60")
+        for name in ("assumed_cpu_tflops", "assumed_gpu_tflops"):
+            require(getattr(self, name) > 0, f"cluster.{name}", "above 0", getattr(self, name), "leave it out")
+
+
+@dataclass
+class Price:
+    """One observed price. A figure without its source and date is not a price."""
+
+    price_id: str = ""
+    node_usd_per_hour: float = 0.0
+    units_per_node: int = 1
+    region: str = ""
+    purchase_option: str = ""
+    observed_at: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        name = f"price {self.price_id or '(unnamed)'}"
+        require(bool(self.price_id and self.source), name, "named with a source", self.source, "see conf/pricing/")
+        ok = self.node_usd_per_hour >= 0
+        require(ok, f"{name}.node_usd_per_hour", "0 or more", self.node_usd_per_hour, "correct it")
+        require(self.units_per_node >= 1, f"{name}.units_per_node", "1 or more", self.units_per_node, "correct it")
+        try:
+            date.fromisoformat(self.observed_at)
+        except ValueError as error:
+            raise UsageError(f"{name}.observed_at must be a date, got {self.observed_at!r}; use YYYY-MM-DD") from error
+
+
+@dataclass
+class PricingConfig:
+    """What a GPU costs, and what a worker on CPU costs."""
+
+    name: str = ""
+    gpu: Price = MISSING
+    cpu_worker: Price = MISSING

@@ -1,0 +1,120 @@
+"""What each job reads from its command line."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from omegaconf import MISSING
+
+from pipeline.config.checks import require
+from pipeline.config.cluster import ClusterConfig, ParallelConfig, PricingConfig
+from pipeline.config.model import ModelConfig, PrecisionConfig
+from pipeline.config.recipe import RecipeConfig
+from pipeline.errors import UsageError
+
+
+@dataclass
+class LimitsConfig:
+    """Bounds that no row may pass."""
+
+    max_side_px: int = 4096
+    max_duration_s: float = 20.0
+
+
+@dataclass
+class RenderJob:
+    """Everything `jobs.render` and `jobs.estimate` read."""
+
+    manifest: str = "conf/demo/prompts.parquet"
+    output: str = "outputs/demo"
+    # Names this start of the driver; the start time and a random part if left out.
+    run_id: str | None = None
+    # Render only these rows, at most so many of them.
+    ids: list[str] | None = None
+    limit: int | None = None
+    budget_usd: float | None = None
+    # ISO 8601; without a zone it is UTC.
+    deadline: str | None = None
+    # false renders again what is committed, and checks that it comes out the same.
+    resume: bool = True
+    # Judge the manifest, print the plan and its cost, write nothing.
+    dry_run: bool = False
+    # jobs.estimate: also write the estimate as JSON to this path.
+    report: str | None = None
+    log_level: str = "warning"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recipe: RecipeConfig = MISSING
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    pricing: PricingConfig = MISSING
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            require(self.limit >= 0, "limit", "0 or more", self.limit, "leave it out to render all rows")
+        if self.budget_usd is not None:
+            ok = math.isfinite(self.budget_usd) and self.budget_usd >= 0
+            require(ok, "budget_usd", "a number of dollars, 0 or more", self.budget_usd, "leave it out for no limit")
+        if self.run_id is not None:
+            ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id) is not None
+            require(ok, "run_id", "letters, digits, '.', '_' and '-'", self.run_id, "leave it out for a fresh one")
+        levels = ("debug", "info", "warning", "error")
+        require(self.log_level in levels, "log_level", ", ".join(levels), self.log_level, "use info")
+        self.deadline_ns  # noqa: B018 - parsed here so that a bad one is refused before anything starts
+
+    @property
+    def deadline_ns(self) -> int | None:
+        """The deadline in UTC nanoseconds, or None."""
+        if self.deadline is None:
+            return None
+        try:
+            at = datetime.fromisoformat(self.deadline)
+        except ValueError as error:
+            raise UsageError(
+                f"deadline must be an ISO 8601 time, got {self.deadline!r}; use one like 2026-11-21T06:00:00+00:00"
+            ) from error
+        return round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1e9)
+
+
+@dataclass
+class ReportJob:
+    """Everything `jobs.report` reads."""
+
+    run: str = MISSING
+    # Attach to a running run: print its progress and rebuild the page until it ends.
+    follow: bool = False
+    log_level: str = "warning"
+
+
+@dataclass
+class StageWeightsJob:
+    """Everything `jobs.stage_weights` reads."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    log_level: str = "warning"
+
+
+@dataclass
+class SubmitJob:
+    """What `jobs.submit` reads itself; every other argument is one of `jobs.render`."""
+
+    # The cluster's dashboard, such as http://host:8265.
+    address: str = MISSING
+    # false prints the submission id and leaves the job to itself.
+    wait: bool = True
+    # Ray's name for the job; a fresh one if left out.
+    submission_id: str | None = None
+    # Names of local environment variables that the job gets too, with their values. Nothing else is handed over.
+    env: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        ok = re.fullmatch(r"https?://[^/]\S*", self.address) is not None
+        require(ok, "address", "the URL of a Ray dashboard", self.address, "give one like http://host:8265")
+        if self.submission_id is not None:
+            ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.submission_id) is not None
+            way_out = "leave it out for a fresh one"
+            require(ok, "submission_id", "letters, digits, '.', '_' and '-'", self.submission_id, way_out)

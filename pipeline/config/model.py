@@ -1,0 +1,76 @@
+"""Which model is rendered with, and in which numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.config.checks import require
+
+
+@dataclass
+class ClipDefaults:
+    """The clip a row asks for when it says nothing else."""
+
+    width: int = 1536
+    height: int = 1024
+    num_frames: int = 121
+    fps: float = 24.0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            size = getattr(self, name)
+            require(size >= 2 and size % 2 == 0, f"clip.{name}", "even and at least 2", size, "use the next even size")
+        require(self.num_frames % 8 == 1, "clip.num_frames", "8k+1", self.num_frames, "use 121")
+        require(1 <= self.fps <= 240, "clip.fps", "between 1 and 240", self.fps, "use 24")
+
+
+@dataclass
+class DenoiserSize:
+    """What the planner needs to count operations without opening the checkpoint; checked against it at load."""
+
+    num_layers: int = 48
+    video_width: int = 4096
+    audio_width: int = 2048
+    text_tokens: int = 1024
+    # Operations outside the denoiser, for the estimate: of the text encoder per prompt token, of the video
+    # decoder per output pixel.
+    text_flops_per_token: float = 0.0
+    decode_flops_per_pixel: float = 0.0
+
+
+@dataclass
+class ModelConfig:
+    """Where a model's files are and what they are. Paths are relative to `folder` unless absolute."""
+
+    name: str = "nano"
+    folder: str = ""
+    checkpoint: str = ""
+    text_encoder: str = ""
+    spatial_upscaler: str = ""
+    license: str = ""
+    # Where a worker keeps its copy of a model whose folder is in a bucket.
+    cache: str = "~/.cache/ltx-render-farm"
+    # True only for the toy-width model, whose files this project builds itself.
+    built_here: bool = False
+    clip: ClipDefaults = field(default_factory=ClipDefaults)
+    size: DenoiserSize = field(default_factory=DenoiserSize)
+
+
+@dataclass
+class PrecisionConfig:
+    """How numbers are held and which operations compute them. Part of the content key."""
+
+    name: str = "exact"
+    # "checkpoint" computes in the dtype the weights are stored in: float32 for nano, bfloat16 as published.
+    dtype: str = "checkpoint"
+    kernels: str = "reference"
+    # Threads of torch on the CPU: a constant, because sums differ between thread counts. One, because two threads on
+    # busy cores wait for each other: a 0.11 s nano clip took up to 9.9 s beside other work.
+    torch_threads: int = 1
+
+    def __post_init__(self) -> None:
+        dtypes = ("checkpoint", "float32", "bfloat16")
+        require(self.dtype in dtypes, "precision.dtype", " or ".join(dtypes), self.dtype, "use precision=exact")
+        ok = self.kernels == "reference"
+        require(ok, "precision.kernels", "reference", self.kernels, "fused kernels do not exist yet")
+        require(self.torch_threads >= 1, "precision.torch_threads", "1 or more", self.torch_threads, "use 1")
