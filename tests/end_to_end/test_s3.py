@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -13,17 +12,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from tests.end_to_end.checker import check_output, results_of, runs_of
+from tests.end_to_end.checker import check_output, check_report_opens, download, results_of, runs_of
 from tests.end_to_end.conftest import ROOT, Render, command, run_command, small_rows
 
 Manifest = Callable[[list[dict[str, Any]]], Path]
 NUM_KILLS = 4
-
-
-def download(bucket: str, target: Path) -> Path:
-    """The bucket's output as a user would fetch it."""
-    fsspec.filesystem("s3", use_listings_cache=False).get(f"{bucket}/out/", f"{target}/", recursive=True)
-    return target
 
 
 @pytest.fixture
@@ -47,9 +40,7 @@ def test_everything_in_a_bucket_gives_the_bytes_of_a_local_run(
     remote, local = results_of(runs_of(copy)[0]), results_of(runs_of(tmp_path / "out")[0])
     assert [row["sha256"] for row in remote] == [row["sha256"] for row in local]
     assert all(row["uri"].startswith(f"{bucket}/out/videos/clip-") for row in remote)
-    page = (runs_of(copy)[0] / "report.html").read_text()
-    links = set(re.findall(r'"(\.\./\.\./videos/[^"]+)"', page))
-    assert len(links) == 6 and all((runs_of(copy)[0] / link).is_file() for link in links)
+    check_report_opens(runs_of(copy)[0], 6)
 
     again = run_command("render", *arguments)
     assert again.returncode == 0
