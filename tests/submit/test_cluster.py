@@ -125,6 +125,17 @@ def test_a_wrong_or_missing_token_is_2_and_says_what_to_set(
     assert "needs a valid token" in done.stderr and "RAY_AUTH_TOKEN" in done.stderr
 
 
+def test_a_driver_outside_that_has_no_token_is_2_and_says_what_to_set(head: Head, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.parquet", small_rows(1))
+    settings = [f"manifest={manifest}", f"output={tmp_path / 'out'}", f"model.folder={head.model_folder}"]
+    environ = {**head.environ, "RAY_ADDRESS": head.gcs_address, "RAY_NUM_REDIS_GET_RETRIES": "2"}
+    done = subprocess.run([sys.executable, "-m", "jobs.render", *settings, "cluster=local"], cwd=ROOT, env=environ,
+                          text=True, capture_output=True, timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "RAY_ADDRESS must be" in line and "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in line
+
+
 def test_rays_own_command_works_and_is_kept_from_losing_its_output(head: Head, tmp_path: Path) -> None:
     environ = {**head.environ, "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": head.address}
     ray = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--"]
