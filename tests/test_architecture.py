@@ -65,10 +65,11 @@ MAY_IMPORT: dict[str, set[str]] = {
                    "pipeline.planning", "pipeline.storage"},
     "jobs.render": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side",
                     "pipeline.cluster.driver", "pipeline.cluster.progress", "pipeline.storage.models",
-                    "pipeline.planning.reach"},
+                    "pipeline.storage.filesystem", "pipeline.planning.reach"},
     "jobs.report": {"pipeline.config", "pipeline.errors", "pipeline.report.rebuild", "pipeline.storage.store"},
     "jobs.submit": {"pipeline.config", "pipeline.errors", "pipeline.planning.reach"},
-    "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.engine.nano"},
+    "jobs.stage_weights": {"pipeline.config", "pipeline.errors", "pipeline.storage.models",
+                           "pipeline.storage.filesystem", "pipeline.engine.nano"},
 }  # fmt: skip
 
 # library -> the only modules that may import it.

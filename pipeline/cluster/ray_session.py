@@ -24,6 +24,8 @@ from pipeline.errors import PipelineError, UsageError
 
 ADDRESS = "RAY_ADDRESS"
 CONNECT_S = 5.0
+# Ray does not say why a cluster that listens cannot be joined.
+TOKEN_HINT = "if the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to it; else "
 # Records are small; Ray's own default would take a third of the machine's memory.
 OBJECT_STORE_BYTES = 100 * 2**20
 # Ray's part of a shutdown in this process takes 0.3 s; its processes get 1 s more, or are killed.
@@ -122,9 +124,10 @@ class RaySession:
     def _refusal(self, reason: str) -> PipelineError:
         if self._address is None:
             return PipelineError(f"Ray could not be started on this machine: {reason}; use cluster=in_process")
+        hint = TOKEN_HINT if reason.startswith("Failed to connect") else ""
         return UsageError(
             f"{ADDRESS} must be the host:port of a running Ray cluster, got {self._address!r}: {reason}; "
-            "correct it, or unset it to use this machine"
+            f"{hint}correct it, or unset it to use this machine"
         )
 
     def _kill_processes(self) -> None:

@@ -23,6 +23,7 @@ from pipeline.storage.filesystem import (
     storage_error,
     write_atomically,
 )
+from pipeline.storage.store import open_store
 
 
 class NotStaged(UsageError):
@@ -93,8 +94,17 @@ def local_copy(folder: str, model: str, cache: Path) -> Path:
     return target
 
 
+def copy_to(folder: str, staged: Path) -> None:
+    """Copy a staged model's files to a URI, the sidecar last: a model with a sidecar is whole."""
+    store = open_store(folder)
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.match(SIDECAR.format(model="*")), path)):
+        store.replace(path.relative_to(staged).as_posix(), path)
+
+
 def _sidecar(folder: str, model: str) -> dict[str, Any]:
-    way_out = f"run: python -m jobs.stage_weights model={model} model.folder={folder}"
+    way_out = f"run: python -m jobs.stage_weights model={model} model.folder="
+    way_out += folder if is_local(folder) else f"FOLDER with a FOLDER on a disk, and copy that to {folder}"
     where = f"{folder.rstrip('/')}/{SIDECAR.format(model=model)}"
     if size_of(where) is None:
         raise NotStaged(f"model {model} must be staged, got no {where}; {way_out}")

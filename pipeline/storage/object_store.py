@@ -61,10 +61,7 @@ class ObjectStore:
         finally:
             self.delete(probe)
         if not exclusive:
-            raise UsageError(
-                f"output must be in a store with conditional puts (If-None-Match), got {self._uri}, which overwrote "
-                "a file; use one that has them, or a local disk"
-            )
+            raise self._unconditional("which overwrote a file")
         self._sweep()
 
     def read(self, name: str) -> bytes | None:
@@ -84,10 +81,18 @@ class ObjectStore:
 
     def create(self, name: str, content: bytes | Path) -> bool:
         def put() -> None:
-            if isinstance(content, Path):
-                self._fs.put_file(str(content), self._full(name), mode="create")
-            else:
-                self._fs.pipe_file(self._full(name), content, mode="create")
+            try:
+                if isinstance(content, Path):
+                    self._fs.put_file(str(content), self._full(name), mode="create")
+                else:
+                    self._fs.pipe_file(self._full(name), content, mode="create")
+            except OSError as error:
+                # s3fs knows the refusal of a put by a detail that AWS alone says.
+                if (code := _code_of(error)) in ("PreconditionFailed", "412"):
+                    raise FileExistsError(self._full(name)) from error
+                if code in ("NotImplemented", "501"):
+                    raise self._unconditional(f"which answered: {error}") from error
+                raise
 
         try:
             self._try("writing", name, put)
@@ -163,6 +168,8 @@ class ObjectStore:
         for wait_s in (*RETRY_WAITS_S, None):
             try:
                 return call()
+            except UsageError:
+                raise
             except (FileNotFoundError, FileExistsError) as error:
                 if "bucket does not exist" in str(error):
                     raise UsageError(f"bucket must exist, got {self._uri}; create it or correct the name") from error
@@ -180,6 +187,12 @@ class ObjectStore:
                 time.sleep(wait_s * random.uniform(0.5, 1.5))
         raise AssertionError("the last try returns or raises")
 
+    def _unconditional(self, reason: str) -> UsageError:
+        return UsageError(
+            f"output must be in a store with conditional puts (If-None-Match), got {self._uri}, {reason}; use one that "
+            "has them, or a local disk"
+        )
+
     def _given_up(self, doing: str, name: str, error: Exception) -> PipelineError:
         tries = len(RETRY_WAITS_S) + 1
         return StorageUnavailable(
@@ -190,3 +203,9 @@ class ObjectStore:
 
 def _last(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
+
+
+def _code_of(error: OSError) -> str:
+    """The code in S3's answer that became this error, or an empty text."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))

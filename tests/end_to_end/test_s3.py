@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -13,17 +12,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from tests.end_to_end.checker import check_output, results_of, runs_of
+from tests.end_to_end.checker import check_output, check_report_opens, download, results_of, runs_of
 from tests.end_to_end.conftest import ROOT, Render, command, run_command, small_rows
 
 Manifest = Callable[[list[dict[str, Any]]], Path]
 NUM_KILLS = 4
-
-
-def download(bucket: str, target: Path) -> Path:
-    """The bucket's output as a user would fetch it."""
-    fsspec.filesystem("s3", use_listings_cache=False).get(f"{bucket}/out/", f"{target}/", recursive=True)
-    return target
 
 
 @pytest.fixture
@@ -47,9 +40,7 @@ def test_everything_in_a_bucket_gives_the_bytes_of_a_local_run(
     remote, local = results_of(runs_of(copy)[0]), results_of(runs_of(tmp_path / "out")[0])
     assert [row["sha256"] for row in remote] == [row["sha256"] for row in local]
     assert all(row["uri"].startswith(f"{bucket}/out/videos/clip-") for row in remote)
-    page = (runs_of(copy)[0] / "report.html").read_text()
-    links = set(re.findall(r'"(\.\./\.\./videos/[^"]+)"', page))
-    assert len(links) == 6 and all((runs_of(copy)[0] / link).is_file() for link in links)
+    check_report_opens(runs_of(copy)[0], 6)
 
     again = run_command("render", *arguments)
     assert again.returncode == 0
@@ -76,8 +67,44 @@ def test_kills_at_random_moments_lose_and_repeat_nothing_in_a_bucket(
     assert fsspec.filesystem("s3").list_multipart_uploads(bucket.removeprefix("s3://")) == []
 
 
+def replaced(arguments: list[str], **settings: str) -> list[str]:
+    """`arguments` with other values for some settings; `model_folder` stands for model.folder."""
+    other = {name.replace("_", "."): value for name, value in settings.items()}
+    return [argument for argument in arguments if argument.partition("=")[0] not in other] + [
+        f"{name}={value}" for name, value in other.items()
+    ]
+
+
+def test_a_bucket_without_the_model_is_refused_and_nothing_is_built(arguments: list[str], bucket: str) -> None:
+    there = f"{bucket}/models/empty"
+    done = run_command("render", *replaced(arguments, model_folder=there))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"error: model nano must be staged, got no {there}/fingerprint.nano.json; run: python -m jobs.stage_weights "
+        f"model=nano model.folder=FOLDER with a FOLDER on a disk, and copy that to {there}\n"
+    )
+    assert not (ROOT / "s3:").exists()
+    assert fsspec.filesystem("s3").find(f"{bucket}/out") == []
+
+
+def test_a_model_staged_straight_into_a_bucket_is_the_one_of_a_disk(
+    arguments: list[str], bucket: str, model_folder: Path
+) -> None:
+    there = f"{bucket}/models/staged"
+    done = run_command("stage_weights", f"model.folder={there}")
+    assert done.returncode == 0, done.stderr
+    fs = fsspec.filesystem("s3")
+    assert fs.cat(f"{there}/fingerprint.nano.json") == (model_folder / "fingerprint.nano.json").read_bytes()
+    assert run_command("render", *replaced(arguments, model_folder=there), "limit=1").returncode == 0
+
+    done = run_command("stage_weights", "model=ltx2_19b_distilled", f"model.folder={there}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model.folder must be on a disk to stage ltx2_19b_distilled, got 's3://")
+    assert not (ROOT / "s3:").exists()
+
+
 def test_a_bucket_that_is_not_there_is_refused_in_one_line(arguments: list[str], s3_endpoint: str) -> None:
     absent = "s3://no-such-bucket-anywhere/out"
-    done = run_command("render", *[a if not a.startswith("output=") else f"output={absent}" for a in arguments])
+    done = run_command("render", *replaced(arguments, output=absent))
     assert done.returncode == 2, done.stderr
     assert "bucket must exist" in done.stderr and "Traceback" not in done.stderr
