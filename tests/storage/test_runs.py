@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UsageError, WorkerLost
-from pipeline.storage import local_store, runs
+from pipeline.storage import runs
 from pipeline.storage.local_store import LocalStore
+from pipeline.storage.processes import writer
 from pipeline.storage.runs import RunFolder, close_dead_runs, read_events, read_run
 from pipeline.storage.store import Store
 from pipeline.storage.tables import read_ledger
@@ -152,7 +153,7 @@ def test_half_written_files_are_swept_when_their_writer_is_gone_or_they_are_old(
     store = LocalStore(tmp_path)
     attempts = tmp_path / "_attempts"
     attempts.mkdir()
-    mine, machine = local_store._writer(), local_store._writer().partition("-")[0]
+    mine, machine = writer(), writer().partition("-")[0]
     names = {f".{mine}-a": True, f".{machine}-1-0-b": False, ".elsewhere-1-0-c": True, ".elsewhere-1-0-old": False}
     for name in names:
         (attempts / name).write_bytes(b"half")
