@@ -33,9 +33,9 @@ def writer() -> str:
 
 
 def writer_is_gone(name: str) -> bool:
-    """True only of a name that begins with a process of this place which has ended."""
+    """True only of a name that begins with a process of this place which has ended; the hash may be cut short."""
     where, pid, start, *_ = (*name.split("-", 3), "", "")
-    if not pid.isdigit() or where != writer().partition("-")[0]:
+    if not pid.isdigit() or not where or not writer().partition("-")[0].startswith(where):
         return False
     return str(start_ticks(int(pid))) != start
 
