@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,26 @@ def test_a_dead_run_is_closed_with_an_unknown_tail_and_its_attempts_are_swept(st
     run: dict[str, Any] = read_run(store, "run-1")
     assert (run["state"], run["workers"][0]["released_ns"]) == ("lost", 6 * S)
     assert store.folders("_attempts") == []
+
+
+def test_a_worker_whose_release_was_written_but_not_the_last_of_its_ledger_gets_that_tail(
+    store: Store, dead: RunFolder
+) -> None:
+    """A worker dies, its seat is written as released, and the driver is killed before it writes the ledger."""
+    dead.set_workers([replace(seat(), released_ns=5 * S)])
+    close_dead_runs(store, 100 * S, cost_of, "run-2")
+    tail = read_ledger(store, "run-1")[-1]
+    assert (tail.state, tail.t0_ns, tail.t1_ns) == ("unknown", 4 * S, 5 * S)
+    assert read_run(store, "run-1")["workers"][0]["released_ns"] == 5 * S
+
+
+def test_a_worker_that_the_dead_driver_closed_stays_as_it_is(store: Store, dead: RunFolder) -> None:
+    lost = replace(entry("denoise", 4, 5), state="unknown")
+    dead.set_workers([replace(seat(), released_ns=5 * S)])
+    dead.write_ledger([entry("denoise", 3, 4, "row-0", 1), lost], [], 5 * S)
+    before = read_ledger(store, "run-1")
+    close_dead_runs(store, 100 * S, cost_of, "run-2")
+    assert read_ledger(store, "run-1") == before and before[-1] == lost
 
 
 def test_closing_twice_changes_nothing(store: Store, dead: RunFolder) -> None:
