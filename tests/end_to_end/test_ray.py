@@ -1,4 +1,4 @@
-"""The same job on Ray: the same bytes, and signals and kills that leave no process behind."""
+"""The same job on Ray: signals and kills leave no process behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.cluster.ray_folder import SOCKETS_PREFIX
 from tests.end_to_end.checker import check_output, events_of, records_of, runs_of
-from tests.end_to_end.conftest import ROOT, Render, command, run_command, small_rows
+from tests.end_to_end.conftest import ROOT, Render, command, small_rows
 from tests.end_to_end.test_interruption import EXIT_WITHIN_S, wait_until
 
 ON_RAY = ("cluster=local", "cluster.num_workers=2")
@@ -71,19 +71,6 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(command("render", *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env=environment)  # fmt: skip
-
-
-def test_two_workers_on_ray_render_the_bytes_of_the_worker_in_process(arguments: list[str], tmp_path: Path) -> None:
-    here, there = tmp_path / "out", tmp_path / "in_process"
-    process = start(arguments)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == 0, errors
-    check_output(here, [f"clip-{i}" for i in range(4)])
-    assert not folders_of(process.pid)
-    on_one = [argument for argument in arguments if not argument.startswith(("output=", "cluster"))]
-    assert run_command("render", *on_one, f"output={there}").returncode == 0
-    one, two = ({record["key"]: record["sha256"] for record in records_of(output)} for output in (here, there))
-    assert one == two and len(one) == 4
 
 
 MOMENTS: dict[str, Callable[[int, Path], bool]] = {
