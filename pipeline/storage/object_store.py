@@ -22,12 +22,15 @@ from fsspec.core import url_to_fs
 
 from pipeline.errors import PipelineError, StorageUnavailable, UsageError
 from pipeline.storage.filesystem import ABANDONED_AFTER_S
+from pipeline.storage.processes import writer, writer_is_gone
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # Back-off between tries of one operation, beside what the store's client does by itself.
 RETRY_WAITS_S = (0.2, 0.8, 3.0)
+# Local folders for unfinished files; the rest of the name says whose, and of which run.
+SCRATCH_PREFIX = "ltx-scratch-"
 
 
 class ObjectStore:
@@ -38,7 +41,6 @@ class ObjectStore:
         # Listings are never cached: other writers' files must be seen.
         self._fs, path = url_to_fs(self._uri, use_listings_cache=False)
         self._path = str(path).rstrip("/")
-        self._scratch: Path | None = None
 
     @property
     def root_uri(self) -> str:
@@ -63,6 +65,7 @@ class ObjectStore:
         if not exclusive:
             raise self._unconditional("which overwrote a file")
         self._sweep()
+        _sweep_scratch()
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -128,17 +131,14 @@ class ObjectStore:
     def delete_folder(self, folder: str) -> None:
         with suppress(FileNotFoundError):
             self._try("deleting", folder, lambda: self._fs.rm(self._full(folder), recursive=True))
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = None
+        _sweep_scratch(ended=_last(folder))
 
     def append(self, name: str, line: str) -> bool:
         return False
 
     def scratch(self, run_id: str) -> Path:
-        if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix=f"ltx-{run_id}-"))
-        return self._scratch
+        _sweep_scratch()
+        return Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{writer()}-{run_id}-"))
 
     def _sweep(self) -> None:
         """Abort uploads in parts that killed writers left: they are invisible, and billed until somebody does."""
@@ -199,6 +199,17 @@ class ObjectStore:
             f"storage failed {tries} times while {doing} {self.uri(name)}: {error}; run the same command again when "
             "it is back"
         )
+
+
+def _sweep_scratch(ended: str | None = None) -> None:
+    """Remove the folders of processes that are gone, and this one's of a run that has `ended`.
+
+    A worker on Ray is ended from outside and cannot remove its own.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        owner = folder.name.removeprefix(SCRATCH_PREFIX)
+        if writer_is_gone(owner) or (ended is not None and owner.startswith(f"{writer()}-{ended}-")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _last(path: str) -> str:
