@@ -73,6 +73,11 @@ def fingerprint(folder: str, model: str) -> str:
     return str(_sidecar(folder, model)["fingerprint"])
 
 
+def staged_bytes(folder: str, model: str) -> int:
+    """Size in bytes of all staged files of the model; raises as `fingerprint` does."""
+    return sum(int(facts["size_bytes"]) for facts in _sidecar(folder, model)["files"].values())
+
+
 def local_copy(folder: str, model: str, cache: Path) -> Path:
     """The model's folder on this machine: itself, or a copy in `cache` that is fetched once and checked by hash."""
     if is_local(folder):
