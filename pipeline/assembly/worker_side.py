@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.ops import reference_ops
+from kernels.ops import device_ops
 from pipeline.config.jobs import RenderJob
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
@@ -33,7 +33,7 @@ def build_worker(
         _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
     store = open_store(job.output)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
-    engine = load_engine(model, job.precision, device=device, ops=reference_ops())
+    engine = load_engine(model, job.precision, device=device, ops=device_ops(device))
     return ClipWorker(
         engine=engine,
         store=AssetStore(store),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.engine.components import TextContext
+from pipeline.engine.components.text import TextContext
 from pipeline.engine.latents import Tokens, audio_positions, video_positions
 from pipeline.engine.samplers import Sampler
 from pipeline.engine.sigmas import NoiseStep
@@ -65,6 +65,7 @@ def denoising(
     audio_positions_B1T2 = audio_positions(shape, device=device)
     unset_B = torch.zeros(start.video_BTC.shape[0], device=device)
     video = _stream(start.video_BTC, unset_B, video_positions_B3T2, text.video_BSD)
+    assert text.audio_BSD is not None, "a denoiser with sound has a text context for it"
     audio = _stream(start.audio_BTC, unset_B, audio_positions_B1T2, text.audio_BSD)
     conditioning = denoiser.prepare(video, audio)
     state = start

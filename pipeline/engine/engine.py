@@ -22,7 +22,14 @@ from torch import Tensor
 from kernels.ops import OpSet
 from pipeline.config.model import ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig
-from pipeline.engine import components
+from pipeline.engine.components.audio_vae import AudioDecoder, load_audio_decoder
+from pipeline.engine.components.connectors import load_text_connectors
+from pipeline.engine.components.parts import tensors_of_parts
+from pipeline.engine.components.text import TextContext
+from pipeline.engine.components.text_encoder import load_text_encoder
+from pipeline.engine.components.upsampler import LatentUpsampler, load_latent_upsampler
+from pipeline.engine.components.video_vae import VideoDecoder, load_video_decoder
+from pipeline.engine.components.vocoder import Vocoder, load_vocoder
 from pipeline.engine.decode import decode_frames, decode_waveform
 from pipeline.engine.denoise import denoise
 from pipeline.engine.latents import (
@@ -83,10 +90,10 @@ class RenderEngine:
 
     text: TextConditioner
     denoiser: AudioVideoDenoiser
-    upsampler: components.LatentUpsampler | None
-    video_decoder: components.VideoDecoder
-    audio_decoder: components.AudioDecoder
-    vocoder: components.Vocoder
+    upsampler: LatentUpsampler | None
+    video_decoder: VideoDecoder
+    audio_decoder: AudioDecoder
+    vocoder: Vocoder
     device: str
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
@@ -113,7 +120,7 @@ class RenderEngine:
     @torch.inference_mode()
     def sample(
         self,
-        text: components.TextContext,
+        text: TextContext,
         rendered: PixelShape,
         recipe: RecipeConfig,
         noise: NoiseSource,
@@ -180,22 +187,22 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
     _require_all_tensors_known(checkpoint)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 
-    encoder = components.load_text_encoder(
+    encoder = load_text_encoder(
         folder / model.text_encoder, max_tokens=model.size.text_tokens, device=device, dtype=dtype
     )
     text_loaded = time.monotonic()
-    connectors = components.load_text_connectors(checkpoint, device=device, dtype=dtype)
-    video_decoder = components.load_video_decoder(checkpoint, device=device, dtype=dtype)
+    connectors = load_text_connectors(checkpoint, device=device, dtype=dtype)
+    video_decoder = load_video_decoder(checkpoint, device=device, dtype=dtype)
     upsampler = None
     if upscaler is not None:
-        upsampler = components.load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
+        upsampler = load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
     engine = RenderEngine(
         text=TextConditioner(encoder, connectors),
         denoiser=load_denoiser(checkpoint, ops, device, dtype),
         upsampler=upsampler,
         video_decoder=video_decoder,
-        audio_decoder=components.load_audio_decoder(checkpoint, device=device, dtype=dtype),
-        vocoder=components.load_vocoder(checkpoint, device=device),
+        audio_decoder=load_audio_decoder(checkpoint, device=device, dtype=dtype),
+        vocoder=load_vocoder(checkpoint, device=device),
         device=device,
     )
     seconds = {"text_encoder_s": text_loaded - started, "load_s": time.monotonic() - started}
@@ -230,7 +237,7 @@ def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
 def _require_all_tensors_known(checkpoint: CheckpointFile) -> None:
     """The denoiser accounts for its own tensors and every part for its missing ones; this finds what nobody owns."""
     names = checkpoint.tensor_specs()
-    known = set(denoiser_tensors(names)) | components.tensors_of_parts(checkpoint.config)
+    known = set(denoiser_tensors(names)) | tensors_of_parts(checkpoint.config)
     unknown = sorted(name for name in names if name not in known and not _KNOWN_AND_UNUSED.fullmatch(name))
     if unknown:
         shown = ", ".join(unknown[:5]) + (" ..." if len(unknown) > 5 else "")

@@ -81,7 +81,7 @@ def test_nothing_is_decoded_before_the_first_chunk_is_taken(engine, recipe, requ
     class Watched:
         calls = 0
 
-        def decode(self, latent):
+        def decode(self, latent, **_):
             Watched.calls += 1
             return engine.video_decoder.decode(latent)
 
@@ -138,7 +138,7 @@ class _Fails:
     def encode(self, prompt):
         raise self.error
 
-    def decode(self, latent):
+    def decode(self, latent, **_):
         raise self.error
 
 
@@ -158,7 +158,7 @@ def test_exhausted_memory_is_reported_with_what_was_asked(engine, recipe, reques
 )
 def test_decoder_that_gives_nonsense_is_a_fault(engine, recipe, request_for, video, message):
     class Wrong:
-        def decode(self, latent):
+        def decode(self, latent, **_):
             return video
 
     streams = dataclasses.replace(engine, video_decoder=Wrong()).render(request_for(), recipe, _ignore)
@@ -168,7 +168,7 @@ def test_decoder_that_gives_nonsense_is_a_fault(engine, recipe, request_for, vid
 
 def test_value_between_two_bytes_becomes_the_nearer_one(engine, recipe, request_for):
     class Grey:
-        def decode(self, latent):
+        def decode(self, latent, **_):
             return torch.full((1, 3, 9, 64, 64), 0.3)
 
     streams = dataclasses.replace(engine, video_decoder=Grey()).render(request_for(), recipe, _ignore)

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from kernels.ops import reference_ops
-from pipeline.engine import components
+from pipeline.engine.components.audio_vae import load_audio_decoder
+from pipeline.engine.components.connectors import load_text_connectors
+from pipeline.engine.components.text import TextStates
+from pipeline.engine.components.upsampler import load_latent_upsampler
+from pipeline.engine.components.video_vae import load_video_decoder
+from pipeline.engine.components.vocoder import load_vocoder
 from pipeline.engine.denoise import denoising
 from pipeline.engine.engine import RenderEngine
 from pipeline.engine.latents import Tokens, add_noise, patchify_audio, patchify_video
@@ -27,7 +32,7 @@ class RecordedStates:
     """A text encoder that says what the record's said."""
 
     def __init__(self, case):
-        self.states = components.TextStates(case["in.hidden_states"], case["in.attention_mask"])
+        self.states = TextStates(case["in.hidden_states"], case["in.attention_mask"])
 
     def encode(self, prompts):
         return self.states
@@ -48,17 +53,17 @@ def recorded_noise(case, *, stages=(1, 2)):
 def golden_engine(fixtures, case):
     folder = fixtures / "e2e_ltx2_0"
     checkpoint = CheckpointFile(folder / "checkpoint.safetensors")
-    video_decoder = components.load_video_decoder(checkpoint, device="cpu", dtype=None)
-    connectors = components.load_text_connectors(checkpoint, device="cpu", dtype=None)
+    video_decoder = load_video_decoder(checkpoint, device="cpu", dtype=None)
+    connectors = load_text_connectors(checkpoint, device="cpu", dtype=None)
     return RenderEngine(
         text=TextConditioner(RecordedStates(case), connectors),
         denoiser=load_denoiser(checkpoint, reference_ops(), "cpu"),
-        upsampler=components.load_latent_upsampler(
+        upsampler=load_latent_upsampler(
             CheckpointFile(folder / "spatial_upsampler.safetensors"), video_decoder.statistics, device="cpu", dtype=None
         ),
         video_decoder=video_decoder,
-        audio_decoder=components.load_audio_decoder(checkpoint, device="cpu", dtype=None),
-        vocoder=components.load_vocoder(checkpoint, device="cpu"),
+        audio_decoder=load_audio_decoder(checkpoint, device="cpu", dtype=None),
+        vocoder=load_vocoder(checkpoint, device="cpu"),
         device="cpu",
         noise_for=lambda seed: recorded_noise(case),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.config import recipe as recipe_config
-from pipeline.engine.components import TextContext
+from pipeline.engine.components.text import TextContext
 from pipeline.engine.denoise import denoise, denoising
 from pipeline.engine.latents import Tokens
 from pipeline.engine.samplers import SAMPLERS, euler, sampler_named
