@@ -11,6 +11,7 @@ from safetensors import safe_open
 import jobs.bench
 from pipeline.config.jobs import BenchJob
 from pipeline.config.model import DenoiserSize, ModelConfig
+from pipeline.engine.components.text_encoder import load_text_encoder
 from pipeline.engine.nano import CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.test_bad_input import assert_refused
@@ -78,3 +79,24 @@ def test_written_files_are_staged_and_render(
                        f"results={tmp_path / 'results'}", "cluster=in_process")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "results" / "clip.jsonl").read_text())["playable"]
+
+
+def test_a_written_t5_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = "encoder.block.{0-1}.layer."
+    tensors = {
+        "512x16": ["shared.weight"], "8x2": ["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"],
+        "16x16": [f"{block}0.SelfAttention.{name}.weight" for name in "qkvo"],
+        "32x16": [f"{block}1.DenseReluDense.wi_{index}.weight" for index in (0, 1)],
+        "16x32": [f"{block}1.DenseReluDense.wo.weight"],
+        "16": [f"{block}0.layer_norm.weight", f"{block}1.layer_norm.weight", "encoder.final_layer_norm.weight"],
+    }  # fmt: skip
+    config = json.loads((jobs.bench.CONF / "published" / "t5-v1_1-xxl.json").read_text())["config"]
+    config |= {"vocab_size": 512, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+               "relative_attention_num_buckets": 8}  # fmt: skip
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "t5.json").write_text(json.dumps({"config": config, "tensors": tensors}))
+    monkeypatch.setattr(jobs.bench, "CONF", tmp_path)
+    jobs.bench._write_text_encoder(tmp_path / "t5", "t5")
+    encoder = load_text_encoder(tmp_path / "t5", max_tokens=32, device="cpu", dtype=None)
+    states = encoder.encode(["a red fox"])
+    assert states.hidden_BSDL.isfinite().all() and states.hidden_BSDL.std() > 0
