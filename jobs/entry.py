@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.jobs import RenderJob, ReportJob, StageWeightsJob, SubmitJob
+from pipeline.config.jobs import BenchJob, RenderJob, ReportJob, StageWeightsJob, SubmitJob
 from pipeline.config.recipe import RecipeConfig
 from pipeline.config.tree import from_tree, leaf_keys, set_verbatim, yaml_text
 from pipeline.errors import PipelineError, UsageError
@@ -33,7 +33,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 VERBATIM_KEYS = (
     "manifest", "output", "report", "run", "ids", "run_id",
     "model.folder", "model.checkpoint", "model.text_encoder", "model.spatial_upscaler",
-    "address", "submission_id",
+    "address", "submission_id", "folder", "results",
 )  # fmt: skip
 VERBATIM_GROUPS = ("model.sources.", "model.adapters.", "model.cameras.")
 FLAGS = ("--help", "-h", "--cfg")
@@ -192,4 +192,6 @@ def _exit_after(text: str) -> None:
     raise SystemExit(0)
 
 
-__all__ = ["RenderJob", "ReportJob", "StageWeightsJob", "SubmitJob", "compose_job", "compose_recipes", "run_job"]
+__all__ = [
+    "BenchJob", "RenderJob", "ReportJob", "StageWeightsJob", "SubmitJob", "compose_job", "compose_recipes", "run_job",
+]  # fmt: skip

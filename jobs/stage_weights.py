@@ -1,4 +1,4 @@
-"""Place a model's files and their fingerprint on this node: fetch what is missing, check it by hash.
+"""Place a model's files and their fingerprint on this node or in a bucket: fetch what is missing, check it by hash.
 
 Builds the `nano` model, whose files are our own. `list=true` shows what the sources of a model hold.
 """
@@ -9,16 +9,18 @@ import jobs.interrupts  # noqa: F401 - first, so that a signal during slow impor
 
 # isort: split
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jobs.entry import StageWeightsJob, compose_job, run_job
 from pipeline.config.model import ModelConfig
+from pipeline.storage.filesystem import is_local, local_path
 from pipeline.storage.hub import fetch, list_source, repository_of
-from pipeline.storage.models import stage
+from pipeline.storage.models import copy_to, stage
 
 TERMINAL_EVERY_S = 0.25
 LOG_EVERY_S = 5.0
@@ -29,7 +31,9 @@ def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
 
     `extras` are the adapters (name -> file) to place as well.
     """
-    folder, parts = Path(model.folder), model.parts()
+    if not is_local(model.folder):
+        return _stage_in_bucket(model, extras)
+    folder, parts = local_path(model.folder), model.parts()
     wanted = _wanted(model, {**parts, **extras})
     known: dict[str, str] = {}
     if model.built_here and not all((folder / name).exists() for name in parts.values()):
@@ -105,6 +109,16 @@ def _size(num_bytes: int) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
     return f"{num_bytes} B"
+
+
+def _stage_in_bucket(model: ModelConfig, extras: Mapping[str, str]) -> str:
+    """Through a folder of this node that is kept until all is there, so that a killed staging goes on."""
+    folder = Path(model.cache).expanduser() / "staging" / model.name
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = stage_model(replace(model, folder=str(folder)), extras)
+    copy_to(model.folder, folder)
+    shutil.rmtree(folder)
+    return fingerprint
 
 
 def main(argv: list[str]) -> int:

@@ -134,3 +134,20 @@ class SubmitJob:
             ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.submission_id) is not None
             way_out = "leave it out for a fresh one"
             require(ok, "submission_id", "letters, digits, '.', '_' and '-'", self.submission_id, way_out)
+
+
+@dataclass
+class BenchJob:
+    """What `jobs.bench` reads itself; `clip` hands every other argument to `jobs.render`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # Where the model's files are written or lie; the model's own folder if left out.
+    folder: str | None = None
+    output: str = "outputs/bench"
+    width: int = 1920
+    height: int = 1088
+    num_frames: int = 121
+    # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out.
+    gpu_memory_limit_gb: float | None = None
+    # A folder; each kind of measurement adds its rows to a file of its name.
+    results: str = "tests/bench/results"

@@ -49,6 +49,7 @@ from pipeline.errors import CheckpointMismatch, OutOfMemory, UsageError
 from pipeline.geometry import LatentShape, PixelShape, RenderShape, latent_shape, render_shape
 from pipeline.model.checkpoint import CheckpointFile, denoiser_tensors, load_denoiser, read_hparams
 from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.dtypes import require_usable_dtypes
 from pipeline.records.request import RenderRequest
 from pipeline.telemetry import OnStage
 
@@ -182,6 +183,7 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
     folder, dtype = Path(model.folder), _DTYPES[precision.dtype]
     checkpoint = CheckpointFile(folder / model.checkpoint)
     _require_size(model, checkpoint)
+    require_usable_dtypes(checkpoint.path, checkpoint.tensor_specs())
     _require_all_tensors_known(checkpoint)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 

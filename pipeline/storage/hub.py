@@ -20,8 +20,9 @@ from typing import Any
 from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
 from pipeline.storage.filesystem import FULL_DISK_ERRNOS, filesystem_of, storage_error
 
-# Bytes asked for at once: large enough that a request's latency does not count, small enough to lose and to hold.
-CHUNK_BYTES = 32 << 20
+# Bytes asked for at once: large enough that neither a request's latency nor the hub's limit on requests counts, small
+# enough to lose and to hold.
+CHUNK_BYTES = 64 << 20
 UNFINISHED = ".fetch"
 HUB = "hf://"
 # Of no use to a loader, and edited long after the weights are published.
