@@ -98,6 +98,13 @@ class PrecisionConfig:
     # "checkpoint" computes in the dtype the weights are stored in: float32 for nano, bfloat16 as published.
     dtype: str = "checkpoint"
     kernels: str = "reference"
+    # exact, or fp8: row-wise scaled e4m3 weights and activations in the blocks' linear layers.
+    linear: str = "exact"
+    # With fp8: so many blocks at the start and at the end keep the checkpoint's numbers.
+    keep_first_blocks: int = 3
+    keep_last_blocks: int = 3
+    # 8 and 4 quantise the text encoder's weights, whose 24 GB are what a small card lacks first.
+    text_encoder_bits: int = 16
     # Threads of torch on the CPU: a constant, because sums differ between thread counts. One, because two threads on
     # busy cores wait for each other: a 0.11 s nano clip took up to 9.9 s beside other work.
     torch_threads: int = 1
@@ -107,4 +114,9 @@ class PrecisionConfig:
         require(self.dtype in dtypes, "precision.dtype", " or ".join(dtypes), self.dtype, "use precision=exact")
         ok = self.kernels == "reference"
         require(ok, "precision.kernels", "reference", self.kernels, "fused kernels do not exist yet")
+        require(self.linear in ("exact", "fp8"), "precision.linear", "exact or fp8", self.linear, "use precision=fp8")
+        for name in ("keep_first_blocks", "keep_last_blocks"):
+            require(getattr(self, name) >= 0, f"precision.{name}", "0 or more", getattr(self, name), "use 3")
+        bits = self.text_encoder_bits
+        require(bits in (4, 8, 16), "precision.text_encoder_bits", "4, 8 or 16", bits, "16 keeps the numbers")
         require(self.torch_threads >= 1, "precision.torch_threads", "1 or more", self.torch_threads, "use 1")
