@@ -1,6 +1,7 @@
 """Place a model's files and their fingerprint on this node: fetch what is missing, check it by hash.
 
-Builds the `nano` model, whose files are our own. `list=true` shows what the sources of a model hold.
+Builds the `nano` model, whose files are our own; that one may also go straight into a bucket, published files are
+staged on a disk and copied. `list=true` shows what the sources of a model hold.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import jobs.interrupts  # noqa: F401 - first, so that a signal during slow impor
 # isort: split
 
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jobs.entry import StageWeightsJob, compose_job, run_job
 from pipeline.config.model import ModelConfig
+from pipeline.errors import UsageError
+from pipeline.storage.filesystem import is_local, local_path
 from pipeline.storage.hub import fetch, list_source, repository_of
-from pipeline.storage.models import stage
+from pipeline.storage.models import copy_to, stage
 
 TERMINAL_EVERY_S = 0.25
 LOG_EVERY_S = 5.0
@@ -27,9 +31,11 @@ LOG_EVERY_S = 5.0
 def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
     """Make sure that the files of `model` are there, building or fetching them; returns the fingerprint.
 
-    `extras` are the adapters (name -> file) to place as well.
+    `extras` are the adapters (name -> file) to place as well; those that are there stay in the books.
     """
-    folder, parts = Path(model.folder), model.parts()
+    if not is_local(model.folder):
+        return _stage_in_bucket(model)
+    folder, parts = local_path(model.folder), model.parts()
     wanted = _wanted(model, {**parts, **extras})
     known: dict[str, str] = {}
     if model.built_here and not all((folder / name).exists() for name in parts.values()):
@@ -42,7 +48,8 @@ def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
         sys.stderr.write(f"fetching {model.name} into {folder}; licence: {model.license}\n")
         progress = Progress()
         known = fetch(folder, wanted, on_start=progress.start, on_bytes=progress.add)
-    return stage(folder, model.name, parts, extras, known)
+    present = {name: file for name, file in model.extras().items() if (folder / file).exists()}
+    return stage(folder, model.name, parts, {**present, **extras}, known)
 
 
 def list_files(model: ModelConfig) -> str:
@@ -105,6 +112,18 @@ def _size(num_bytes: int) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
     return f"{num_bytes} B"
+
+
+def _stage_in_bucket(model: ModelConfig) -> str:
+    if not model.built_here:
+        raise UsageError(
+            f"model.folder must be on a disk to stage {model.name}, got {model.folder!r}; stage it where its files "
+            "lie and copy that folder there, its fingerprint file last"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        fingerprint = stage_model(replace(model, folder=folder), {})
+        copy_to(model.folder, Path(folder))
+    return fingerprint
 
 
 def main(argv: list[str]) -> int:

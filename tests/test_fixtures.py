@@ -16,15 +16,8 @@ TESTS = Path(__file__).parent
 LARGEST_MB = 25
 # Folders that no test reads yet. Whoever writes the first test of one takes it out.
 TO_DO = {
-    "dit_ltx2_0_fp8",
-    "dit_ltx2_3",
-    "dit_ltx2_3_fp8",
-    "dit_ltx2_5",
-    "dit_ltxv_0_9_8_13b",
-    "dit_ltxv_0_9_8_2b",
     "e2e_ltx2_3",
     "e2e_ltxv_0_9_8",
-    "lora",
 }
 
 

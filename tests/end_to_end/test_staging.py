@@ -94,6 +94,8 @@ def test_an_adapter_is_fetched_when_asked_for_and_changes_no_fingerprint(hub: Hu
     assert (folder / STATIC).read_bytes() == hub.repositories[STATIC_REPOSITORY][STATIC]
     assert sidecar(folder)["fingerprint"] == before["fingerprint"]
     assert sidecar(folder)["files"].keys() - before["files"].keys() == {STATIC}
+    assert stage(folder).returncode == 0
+    assert STATIC in sidecar(folder)["files"], "an adapter that is there stays in the books"
     assert_refused(stage(folder, "extras=[zoom]"), "extras must be names", "'zoom'", "dolly-in", "static")
 
 
