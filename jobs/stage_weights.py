@@ -1,7 +1,6 @@
-"""Place a model's files and their fingerprint on this node: fetch what is missing, check it by hash.
+"""Place a model's files and their fingerprint on this node or in a bucket: fetch what is missing, check it by hash.
 
-Builds the `nano` model, whose files are our own; that one may also go straight into a bucket, published files are
-staged on a disk and copied. `list=true` shows what the sources of a model hold.
+Builds the `nano` model, whose files are our own. `list=true` shows what the sources of a model hold.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import jobs.interrupts  # noqa: F401 - first, so that a signal during slow impor
 
 # isort: split
 
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,6 @@ from pathlib import Path
 
 from jobs.entry import StageWeightsJob, compose_job, run_job
 from pipeline.config.model import ModelConfig
-from pipeline.errors import UsageError
 from pipeline.storage.filesystem import is_local, local_path
 from pipeline.storage.hub import fetch, list_source, repository_of
 from pipeline.storage.models import copy_to, stage
@@ -34,7 +32,7 @@ def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
     `extras` are the adapters (name -> file) to place as well; those that are there stay in the books.
     """
     if not is_local(model.folder):
-        return _stage_in_bucket(model)
+        return _stage_in_bucket(model, extras)
     folder, parts = local_path(model.folder), model.parts()
     wanted = _wanted(model, {**parts, **extras})
     known: dict[str, str] = {}
@@ -114,15 +112,13 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-def _stage_in_bucket(model: ModelConfig) -> str:
-    if not model.built_here:
-        raise UsageError(
-            f"model.folder must be on a disk to stage {model.name}, got {model.folder!r}; stage it where its files "
-            "lie and copy that folder there, its fingerprint file last"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        fingerprint = stage_model(replace(model, folder=folder), {})
-        copy_to(model.folder, Path(folder))
+def _stage_in_bucket(model: ModelConfig, extras: Mapping[str, str]) -> str:
+    """Through a folder of this node that is kept until all is there, so that a killed staging goes on."""
+    folder = Path(model.cache).expanduser() / "staging" / model.name
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = stage_model(replace(model, folder=str(folder)), extras)
+    copy_to(model.folder, folder)
+    shutil.rmtree(folder)
     return fingerprint
 
 

@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
                     "pipeline.storage.filesystem", "pipeline.planning.reach"},
     "jobs.report": {"pipeline.config", "pipeline.errors", "pipeline.report.rebuild", "pipeline.storage.store"},
     "jobs.submit": {"pipeline.config", "pipeline.errors", "pipeline.planning.reach"},
-    "jobs.stage_weights": {"pipeline.config", "pipeline.errors", "pipeline.storage.models", "pipeline.storage.hub",
+    "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.storage.hub",
                            "pipeline.storage.filesystem", "pipeline.engine.nano"},
     # Runs jobs.render as a process of its own and reads what it left; writes model files to measure with.
     "jobs.bench": {"pipeline.config", "pipeline.errors", "pipeline.storage", "pipeline.media.probe",
