@@ -132,6 +132,7 @@ class ClipWorker:
         request, clip = item.request, self.recipes[item.request.recipe]
         video, thumbnail = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg"))
         streams = self.engine.render(request, clip.recipe, attempt.enter)
+        assert streams.waveform is not None and streams.sample_rate_hz is not None, "models without sound come next"
         written = write_clip(
             video,
             _then(streams.frames, lambda: attempt.enter("encode")),

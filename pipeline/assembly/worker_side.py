@@ -9,7 +9,7 @@ from kernels.ops import reference_ops
 from pipeline.config.jobs import RenderJob
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
-from pipeline.engine.engine import load_engine
+from pipeline.engine.loading import load_engine
 from pipeline.media.mux import EncodeSettings
 from pipeline.records.outcome import RunFacts
 from pipeline.storage.assets import AssetStore

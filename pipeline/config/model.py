@@ -39,6 +39,16 @@ class DenoiserSize:
 
 
 @dataclass
+class Tuning:
+    """Numbers of published recipes that differ from model to model; the recipes refer to them."""
+
+    num_steps: int = 40
+    # Blocks that spatio-temporal guidance perturbs, counted from 0.
+    stg_blocks: list[int] = field(default_factory=lambda: [29])
+    tone_map: float = 0.0
+
+
+@dataclass
 class ModelConfig:
     """Where a model's files are and what they are. Paths are relative to `folder` unless absolute."""
 
@@ -47,6 +57,8 @@ class ModelConfig:
     checkpoint: str = ""
     text_encoder: str = ""
     spatial_upscaler: str = ""
+    # Files of adapters (LoRA) by the name under which a recipe's stage asks for one.
+    adapters: dict[str, str] = field(default_factory=dict)
     license: str = ""
     # Where a worker keeps its copy of a model whose folder is in a bucket.
     cache: str = "~/.cache/ltx-render-farm"
@@ -54,6 +66,7 @@ class ModelConfig:
     built_here: bool = False
     clip: ClipDefaults = field(default_factory=ClipDefaults)
     size: DenoiserSize = field(default_factory=DenoiserSize)
+    tuning: Tuning = field(default_factory=Tuning)
 
 
 @dataclass

@@ -60,10 +60,11 @@ class TextStates:
 
 @dataclass(frozen=True)
 class TextContext:
-    """What the denoiser attends to: one context for each stream, without padding (registers took its place)."""
+    """What the denoiser attends to. No mask: no padding is left. No audio: a model without sound."""
 
     video_BSD: Tensor
-    audio_BSD: Tensor
+    audio_BSD: Tensor | None
+    mask_BS: Tensor | None = None
 
 
 class TextEncoder:

@@ -1,30 +1,23 @@
-"""The render engine: a request and a recipe in, frames and sound out; and the loading of all its parts.
+"""The render engine: a request and a recipe in, frames and sound out.
 
-Reads as the recipe does. How text, noise, steps and decoding work is in the neighbouring modules; where the frames go
-and what a clip costs is known above.
+Reads as the recipe does. How text, noise, steps and decoding work is in the neighbouring modules, the loading of the
+parts in `loading.py`; where the frames go and what a clip costs is known above.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.ops import OpSet
-from pipeline.config.model import ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig
 from pipeline.engine import components
 from pipeline.engine.decode import decode_frames, decode_waveform
-from pipeline.engine.denoise import denoise
+from pipeline.engine.denoise import Scene, Texts, denoise
 from pipeline.engine.latents import (
     NoiseSource,
     Tokens,
@@ -36,44 +29,33 @@ from pipeline.engine.latents import (
     unpatchify_video,
 )
 from pipeline.engine.samplers import sampler_named
-from pipeline.engine.sigmas import noise_levels, noise_steps
+from pipeline.engine.sigmas import noise_levels
 from pipeline.engine.text import TextConditioner
-from pipeline.errors import CheckpointMismatch, OutOfMemory, UsageError
-from pipeline.geometry import LatentShape, PixelShape, RenderShape, latent_shape, render_shape
-from pipeline.model.checkpoint import CheckpointFile, denoiser_tensors, load_denoiser, read_hparams
+from pipeline.errors import OutOfMemory, UsageError
+from pipeline.geometry import LatentShape, PixelShape, RenderShape, latent_shape
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.records.request import RenderRequest
 from pipeline.telemetry import OnStage
 
-log = logging.getLogger("pipeline.engine")
-
-_DTYPES: dict[str, torch.dtype | None] = {
-    "checkpoint": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-}
-# Encoders are not loaded yet; published files may also carry statistics that no released code reads.
-_KNOWN_AND_UNUSED = re.compile(
-    r"(vae|audio_vae)\.encoder\..+"
-    r"|vae\.per_channel_statistics\.(channel|mean-of-stds|mean-of-stds_over_std-of-means)"
-)
-
 
 @dataclass(frozen=True)
 class Streams:
-    """A rendered clip: uint8 frames (F,H,W,3) in chunks, decoded while iterated, and sound (channels, samples)."""
+    """A rendered clip: uint8 frames (F,H,W,3) in chunks, decoded while iterated, and sound (channels, samples).
+
+    A model without sound gives no waveform and no rate.
+    """
 
     frames: Iterator[np.ndarray]
-    waveform: np.ndarray
-    sample_rate_hz: int
+    waveform: np.ndarray | None
+    sample_rate_hz: int | None
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Both streams after the last stage, normalised: (B,C,F,H,W) and (B,C,T,mel bins)."""
+    """Both streams after the last stage, normalised: (B,C,F,H,W) and (B,C,T,mel bins), or None without sound."""
 
     video_BCFHW: Tensor
-    audio_BCTM: Tensor
+    audio_BCTM: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +66,9 @@ class RenderEngine:
     denoiser: AudioVideoDenoiser
     upsampler: components.LatentUpsampler | None
     video_decoder: components.VideoDecoder
-    audio_decoder: components.AudioDecoder
-    vocoder: components.Vocoder
+    # None for a model without sound.
+    audio_decoder: components.AudioDecoder | None
+    vocoder: components.Vocoder | None
     device: str
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
@@ -97,142 +80,80 @@ class RenderEngine:
         if the clip does not fit the device, also while the frames are iterated.
         """
         self._require_can_follow(recipe)
-        asked = PixelShape(request.num_frames, request.height, request.width, request.fps)
-        shape = render_shape(asked, recipe.grid_px)
+        shape, noise = request.shape, self.noise_for(request.seed)
         with _memory_reported(shape):
             on_stage("text_encode")
             with torch.inference_mode():
-                text = self.text.encode(request.prompt)
-            latents = self.sample(text, shape.rendered, recipe, self.noise_for(request.seed), on_stage)
+                texts = self._texts(request.prompt, recipe)
+            latents = self.sample(texts, shape.rendered, recipe, noise, on_stage)
 
             on_stage("decode")
-            waveform = decode_waveform(self.audio_decoder, self.vocoder, latents.audio_BCTM)
-        return Streams(self._frames(latents.video_BCFHW, shape), waveform, self.vocoder.sample_rate_hz)
+            waveform = None
+            if self.audio_decoder is not None and self.vocoder is not None and latents.audio_BCTM is not None:
+                waveform = decode_waveform(self.audio_decoder, self.vocoder, latents.audio_BCTM)
+        rate = None if self.vocoder is None else self.vocoder.sample_rate_hz
+        return Streams(self._frames(latents.video_BCFHW, shape, recipe), waveform, rate)
 
     @torch.inference_mode()
     def sample(
-        self,
-        text: components.TextContext,
-        rendered: PixelShape,
-        recipe: RecipeConfig,
-        noise: NoiseSource,
-        on_stage: OnStage,
+        self, texts: Texts, rendered: PixelShape, recipe: RecipeConfig, noise: NoiseSource, on_stage: OnStage
     ) -> Latents:
-        """All stages of the recipe: both streams go through each of them, and the last one's sound ships."""
-        shape = _stage_shape(rendered, recipe.stages[0].size_divisor)
-        tokens = self._empty(shape)
-        for stage in recipe.stages:
-            stage_shape = _stage_shape(rendered, stage.size_divisor)
-            if stage_shape != shape:
+        """All stages of the recipe: both streams go through each of them, each from where the one before ended."""
+        shapes = [_latent_shape(rendered, *size) for size in recipe.stage_sizes(rendered.height, rendered.width)]
+        tokens, before, sounds = self._empty(shapes[0]), shapes[0], []
+        for stage, shape in zip(recipe.stages, shapes, strict=True):
+            if stage.upsample != 1:
                 on_stage("upsample")
-                tokens = replace(tokens, video_BTC=self._upsampled(tokens.video_BTC, shape))
-                shape = stage_shape
+                tokens = replace(tokens, video_BTC=self._upsampled(tokens.video_BTC, before))
 
             on_stage("denoise")
-            tokens = add_noise(tokens, noise, noise_levels(stage.sigmas)[0])
-            sampler = sampler_named(stage.sampler)
-            tokens = denoise(self.denoiser, tokens, text, shape, noise_steps(stage.sigmas), sampler)
-        return Latents(
-            unpatchify_video(tokens.video_BTC, shape),
-            unpatchify_audio(tokens.audio_BTC, self.audio_decoder.num_latent_bins),
-        )
+            sigma = noise_levels(stage.levels(shape.num_video_tokens))[0]
+            tokens = denoise(self.denoiser, add_noise(tokens, noise, sigma), Scene(shape, texts), stage, noise)
+            before = shape
+            sounds.append(tokens.audio_BTC)
+        sound_BTC = sounds[recipe.sound_from_stage - 1]
+        return Latents(unpatchify_video(tokens.video_BTC, before), self._unpatchified(sound_BTC))
+
+    def _texts(self, prompt: str, recipe: RecipeConfig) -> Texts:
+        negative = self.text.encode(recipe.negative_prompt) if recipe.has_guidance else None
+        return Texts(self.text.encode(prompt), negative)
 
     def _empty(self, shape: LatentShape) -> Tokens:
         video, audio = self.denoiser.hparams.video, self.denoiser.hparams.audio
-        assert audio is not None, "load_engine refuses a model without sound"
-        return empty_tokens(
-            shape, video_channels=video.in_channels, audio_channels=audio.in_channels, device=self.device
-        )
+        audio_channels = None if audio is None else audio.in_channels
+        return empty_tokens(shape, video_channels=video.in_channels, audio_channels=audio_channels, device=self.device)
 
     def _upsampled(self, video_BTC: Tensor, shape: LatentShape) -> Tensor:
         assert self.upsampler is not None, "asked for before the first stage"
         return patchify_video(self.upsampler.upsample(unpatchify_video(video_BTC, shape)))
 
-    def _frames(self, latent_BCFHW: Tensor, shape: RenderShape) -> Iterator[np.ndarray]:
+    def _unpatchified(self, audio_BTC: Tensor | None) -> Tensor | None:
+        if audio_BTC is None or self.audio_decoder is None:
+            return None
+        return unpatchify_audio(audio_BTC, self.audio_decoder.num_latent_bins)
+
+    def _frames(self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig) -> Iterator[np.ndarray]:
         with _memory_reported(shape):
-            yield from decode_frames(self.video_decoder, latent_BCFHW, shape)
+            yield from decode_frames(self.video_decoder, latent_BCFHW, shape, resize=recipe.resize)
 
     def _require_can_follow(self, recipe: RecipeConfig) -> None:
+        num_blocks = self.denoiser.hparams.num_layers
         for stage in recipe.stages:
             sampler_named(stage.sampler)
-        divisors = [stage.size_divisor for stage in recipe.stages]
-        if any(after > before for before, after in pairwise(divisors)):
-            raise UsageError(f"recipe {recipe.name}: size_divisor must not grow from stage to stage, got {divisors}")
-        if len(set(divisors)) > 1 and self.upsampler is None:
+            for guidance in stage.guidance:
+                if any(block >= num_blocks for block in guidance.stg_blocks):
+                    raise UsageError(
+                        f"recipe.stages.guidance.stg_blocks must be blocks of the model, 0 to {num_blocks - 1}, got "
+                        f"{guidance.stg_blocks}; correct recipe {recipe.name} or model.tuning.stg_blocks"
+                    )
+        if any(stage.upsample != 1 for stage in recipe.stages) and self.upsampler is None:
             raise UsageError(f"recipe {recipe.name} needs model.spatial_upscaler, got none; use a recipe of one stage")
 
 
-def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, ops: OpSet) -> RenderEngine:
-    """Every part of `model` on `device`, and the calling thread's number of torch threads set.
-
-    Raises UsageError or CheckpointMismatch, before weights are read where the headers show it, if a file is missing,
-    is of another kind, or disagrees with `model.size`.
-    """
-    started = time.monotonic()
-    torch.set_num_threads(precision.torch_threads)
-    # The vocoder runs in float32 always; TensorFloat-32 would round its convolutions' inputs to 10 bits.
-    torch.backends.cudnn.allow_tf32 = False
-    folder, dtype = Path(model.folder), _DTYPES[precision.dtype]
-    checkpoint = CheckpointFile(folder / model.checkpoint)
-    _require_size(model, checkpoint)
-    _require_all_tensors_known(checkpoint)
-    upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
-
-    encoder = components.load_text_encoder(
-        folder / model.text_encoder, max_tokens=model.size.text_tokens, device=device, dtype=dtype
-    )
-    text_loaded = time.monotonic()
-    connectors = components.load_text_connectors(checkpoint, device=device, dtype=dtype)
-    video_decoder = components.load_video_decoder(checkpoint, device=device, dtype=dtype)
-    upsampler = None
-    if upscaler is not None:
-        upsampler = components.load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
-    engine = RenderEngine(
-        text=TextConditioner(encoder, connectors),
-        denoiser=load_denoiser(checkpoint, ops, device, dtype),
-        upsampler=upsampler,
-        video_decoder=video_decoder,
-        audio_decoder=components.load_audio_decoder(checkpoint, device=device, dtype=dtype),
-        vocoder=components.load_vocoder(checkpoint, device=device),
-        device=device,
-    )
-    seconds = {"text_encoder_s": text_loaded - started, "load_s": time.monotonic() - started}
-    log.info("engine loaded", extra={"facts": {"model": model.name, "device": device, **seconds}})
-    return engine
-
-
-def _stage_shape(rendered: PixelShape, divisor: int) -> LatentShape:
-    shape = latent_shape(replace(rendered, height=rendered.height // divisor, width=rendered.width // divisor))
+def _latent_shape(rendered: PixelShape, height: int, width: int) -> LatentShape:
+    shape = latent_shape(replace(rendered, height=height, width=width))
     # A single frame at a high rate rounds to no sound at all, which neither denoiser nor decoder can take.
     return replace(shape, num_audio_latents=max(1, shape.num_audio_latents))
-
-
-def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
-    hparams = read_hparams(checkpoint)
-    if hparams.audio is None:
-        raise UsageError(f"{checkpoint.path} holds no audio stream; use an LTX-2 audio-video checkpoint")
-    stored = {
-        "num_layers": hparams.num_layers,
-        "video_width": hparams.video.width,
-        "audio_width": hparams.audio.width,
-    }
-    wrong = [
-        f"model.size.{name} must be {value}, got {getattr(model.size, name)}"
-        for name, value in stored.items()
-        if getattr(model.size, name) != value
-    ]
-    if wrong:
-        raise UsageError(f"{'; '.join(wrong)}: {checkpoint.path} says so; correct conf/model/{model.name}.yaml")
-
-
-def _require_all_tensors_known(checkpoint: CheckpointFile) -> None:
-    """The denoiser accounts for its own tensors and every part for its missing ones; this finds what nobody owns."""
-    names = checkpoint.tensor_specs()
-    known = set(denoiser_tensors(names)) | components.tensors_of_parts(checkpoint.config)
-    unknown = sorted(name for name in names if name not in known and not _KNOWN_AND_UNUSED.fullmatch(name))
-    if unknown:
-        shown = ", ".join(unknown[:5]) + (" ..." if len(unknown) > 5 else "")
-        raise CheckpointMismatch(f"{checkpoint.path} holds {len(unknown)} tensors that no part owns: {shown}")
 
 
 @contextmanager

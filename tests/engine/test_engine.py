@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.engine.decode import CHUNK_FRAMES
 from pipeline.errors import CheckpointMismatch, EngineFault, OutOfMemory, UsageError
@@ -93,15 +94,17 @@ def test_nothing_is_decoded_before_the_first_chunk_is_taken(engine, recipe, requ
 
 def test_recipe_of_one_stage_never_upsamples(engine, request_for):
     begun = []
-    one_stage = RecipeConfig(name="one", stages=[StageConfig(1, [1.0, 0.5, 0.0])])
-    streams = dataclasses.replace(engine, upsampler=None).render(request_for(width=96), one_stage, begun.append)
+    one_stage = RecipeConfig(name="one", stages=[StageConfig(sigmas=[1.0, 0.5, 0.0])])
+    streams = dataclasses.replace(engine, upsampler=None).render(
+        request_for(width=96, grid_px=32), one_stage, begun.append
+    )
     assert begun == ["text_encode", "denoise", "decode"]
     assert next(streams.frames).shape == (9, 64, 96, 3)
 
 
 def test_second_stage_at_the_same_size_starts_from_the_first(engine, request_for):
     begun = []
-    stages = [StageConfig(1, [1.0, 0.5, 0.0]), StageConfig(1, [0.5, 0.0])]
+    stages = [StageConfig(sigmas=[1.0, 0.5, 0.0]), StageConfig(sigmas=[0.5, 0.0])]
     engine.render(request_for(), RecipeConfig(name="again", stages=stages), begun.append)
     assert begun == ["text_encode", "denoise", "denoise", "decode"]
 
@@ -111,10 +114,40 @@ def test_recipe_that_upsamples_needs_an_upscaler(engine, recipe, request_for):
         dataclasses.replace(engine, upsampler=None).render(request_for(), recipe, _ignore)
 
 
-def test_recipe_that_shrinks_is_refused(engine, request_for):
-    shrinking = RecipeConfig(name="odd", stages=[StageConfig(d, [0.5, 0.0]) for d in (1, 2, 1)])
-    with pytest.raises(UsageError, match=r"must not grow from stage to stage, got \[1, 2, 1\]"):
-        engine.render(request_for(), shrinking, _ignore)
+def test_perturbed_blocks_the_model_does_not_have_are_refused(engine, request_for):
+    guidance = [GuidanceConfig(video=StreamGuidance(stg=1.0), stg_blocks=[1, 2])]
+    recipe = RecipeConfig(name="deep", stages=[StageConfig(sigmas=[1.0, 0.0], guidance=guidance)])
+    with pytest.raises(UsageError, match=r"must be blocks of the model, 0 to 1, got \[1, 2\]; correct recipe deep"):
+        engine.render(request_for(), recipe, _ignore)
+
+
+def test_frames_of_a_small_stage_are_enlarged_to_the_asked_size(engine, request_for):
+    small = RecipeConfig(name="draft", resize=True, stages=[StageConfig(0.5, sigmas=[1.0, 0.5, 0.0])])
+    whole = RecipeConfig(name="whole", stages=[StageConfig(sigmas=[1.0, 0.5, 0.0])])
+    half, _ = _render(engine, whole, request_for(width=128, height=64))
+    frames, _ = _render(engine, small, request_for(width=254, height=128))
+    assert frames.shape == (9, 128, 254, 3)
+    # Enlarging twofold keeps the mean, but for the two columns that are cropped.
+    assert frames.mean() == pytest.approx(half.mean(), abs=1)
+
+
+def test_negative_prompt_is_encoded_only_where_it_makes_a_difference(engine, request_for):
+    asked = []
+
+    class Counting:
+        def encode(self, prompts):
+            asked.extend(prompts)
+            return encoder.encode(prompts)
+
+    encoder = engine.text._encoder
+    engine.text._encoder = Counting()
+    for cfg, expected in ((1.0, ["a"]), (2.0, ["no fog", "b"])):
+        guidance = [GuidanceConfig(video=StreamGuidance(cfg=cfg))]
+        stage = StageConfig(sigmas=[1.0, 0.0], guidance=guidance)
+        asked.clear()
+        recipe = RecipeConfig(name="r", negative_prompt="no fog", stages=[stage])
+        engine.render(request_for(prompt=expected[-1]), recipe, _ignore)
+        assert asked == expected
 
 
 def test_unknown_sampler_is_refused_before_anything_is_computed(engine, recipe, request_for):

@@ -1,0 +1,189 @@
+"""The engine, from hidden states of the text encoder to frames and sound, against the official pipelines' records."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.ops import reference_ops
+from pipeline.config.guidance import GuidanceConfig, StreamGuidance
+from pipeline.config.recipe import RecipeConfig, StageConfig
+from pipeline.config.schedule import ScheduleConfig
+from pipeline.engine import components
+from pipeline.engine.denoise import Scene, Texts, denoising
+from pipeline.engine.engine import RenderEngine
+from pipeline.engine.latents import Tokens, add_noise, patchify_audio, patchify_video
+from pipeline.engine.text import TextConditioner
+from pipeline.geometry import PixelShape, latent_shape
+from pipeline.model.checkpoint import CheckpointFile, load_denoiser
+
+
+class RecordedStates:
+    """A text encoder that says what the record's said."""
+
+    def __init__(self, case):
+        self.case = case
+
+    def encode(self, prompts):
+        suffix = "" if prompts == ["positive"] else "_negative"
+        return components.TextStates(self.case[f"in.hidden_states{suffix}"], self.case[f"in.attention_mask{suffix}"])
+
+
+def recorded_noise(case, names):
+    draws = iter([case[f"in.noise.{name}"] for name in names])
+
+    def draw(shape):
+        noise = next(draws)
+        assert tuple(noise.shape) == shape
+        return noise
+
+    return draw
+
+
+TWO_STAGES = ("stage1.video", "stage1.audio", "stage2.video", "stage2.audio")
+
+
+@pytest.fixture(scope="module")
+def engine_for(fixtures):
+    folder = fixtures / "e2e_ltx2_0"
+    checkpoint = CheckpointFile(folder / "checkpoint.safetensors")
+    video_decoder = components.load_video_decoder(checkpoint, device="cpu", dtype=None)
+    connectors = components.load_text_connectors(checkpoint, device="cpu", dtype=None)
+    denoiser = load_denoiser(checkpoint, reference_ops(), "cpu")
+    upsampler = components.load_latent_upsampler(
+        CheckpointFile(folder / "spatial_upsampler.safetensors"), video_decoder.statistics, device="cpu", dtype=None
+    )
+    audio_decoder = components.load_audio_decoder(checkpoint, device="cpu", dtype=None)
+    vocoder = components.load_vocoder(checkpoint, device="cpu")
+
+    def build(case, draws):
+        return RenderEngine(
+            text=TextConditioner(RecordedStates(case), connectors),
+            denoiser=denoiser,
+            upsampler=upsampler,
+            video_decoder=video_decoder,
+            audio_decoder=audio_decoder,
+            vocoder=vocoder,
+            device="cpu",
+            noise_for=lambda seed: recorded_noise(case, draws),
+        )
+
+    return build
+
+
+def guidance_of(case):
+    params = case.params
+    streams = {
+        name: StreamGuidance(
+            **{key.removesuffix("_scale"): x for key, x in params[f"{name}_guider"].items() if key != "stg_blocks"}
+        )
+        for name in ("video", "audio")
+    }
+    return GuidanceConfig(stg_blocks=params["video_guider"]["stg_blocks"], **streams)
+
+
+def guided_recipe(case, **stage):
+    schedule = ScheduleConfig(num_steps=case.params["steps"])
+    return RecipeConfig(
+        name="one_stage",
+        negative_prompt="negative",
+        stages=[StageConfig(schedule=schedule, guidance=[guidance_of(case)], **stage)],
+    )
+
+
+def assert_steps_are_recorded(case, steps, prefix=""):
+    for index, progress in enumerate(steps):
+        for kind, tokens in (("x0", progress.clean), ("next", progress.state)):
+            case.assert_close(f"mid.{prefix}step{index}.video.{kind}", tokens.video_BTC)
+            case.assert_close(f"mid.{prefix}step{index}.audio.{kind}", tokens.audio_BTC)
+
+
+def assert_clip_is_recorded(case, streams):
+    frames = np.concatenate(list(streams.frames))
+    assert frames.dtype == np.uint8
+    if "out.video_uint8" in case.tensors:
+        expected = case["out.video_uint8"].numpy()
+        assert frames.shape == expected.shape and np.abs(frames.astype(int) - expected.astype(int)).max() <= 1
+    else:
+        assert frames.shape == tuple(case["out.video"].shape)
+        assert np.abs(frames / 255 - case["out.video"].numpy()).max() <= 0.6 / 255
+    case.assert_close("out.waveform", torch.from_numpy(streams.waveform))
+    assert streams.sample_rate_hz == 600
+
+
+class TestDistilledTwoStage:
+    @pytest.fixture
+    def case(self, golden):
+        return golden("e2e_ltx2_0/case_distilled_two_stage_t2v")
+
+    @pytest.fixture
+    def engine(self, engine_for, case):
+        return engine_for(case, TWO_STAGES)
+
+    def test_contexts_are_the_references(self, engine, case):
+        text = engine.text.encode("positive")
+        case.assert_close("in.video_context", text.video_BSD)
+        case.assert_close("in.audio_context", text.audio_BSD)
+
+    @pytest.mark.parametrize(("stage", "side_px"), [(1, 64), (2, 128)])
+    def test_trap_18_every_step_of_a_stage_is_the_references(self, engine, case, recipe, stage, side_px):
+        shape = latent_shape(PixelShape(9, side_px, side_px, 24.0))
+        if stage == 1:
+            before = engine._empty(shape)
+        else:
+            before = Tokens(patchify_video(case["mid.upsampled"]), patchify_audio(case["mid.stage1.audio_latent"]))
+        config = recipe.stages[stage - 1]
+        noise = recorded_noise(case, [f"stage{stage}.video", f"stage{stage}.audio"])
+        start = add_noise(before, noise, config.sigmas[0])
+        scene = Scene(shape, Texts(engine.text.encode("positive")))
+        steps = list(denoising(engine.denoiser, start, scene, config, noise))
+        assert len(steps) == len(config.sigmas) - 1
+        assert_steps_are_recorded(case, steps, f"stage{stage}.")
+
+    def test_latents_between_the_stages_are_the_references(self, engine, case):
+        case.assert_close("mid.upsampled", engine.upsampler.upsample(case["mid.stage1.video_latent"]))
+
+    def test_latents_after_both_stages_are_the_references(self, engine, case, recipe):
+        texts = Texts(engine.text.encode("positive"))
+        latents = engine.sample(texts, PixelShape(9, 128, 128, 24.0), recipe, engine.noise_for(0), lambda stage: None)
+        case.assert_close("out.video_latent", latents.video_BCFHW)
+        case.assert_close("out.audio_latent", latents.audio_BCTM)
+
+    def test_frames_and_sound_are_the_references(self, engine, case, recipe, request_for):
+        request = request_for(prompt="positive", width=128, height=128)
+        assert_clip_is_recorded(case, engine.render(request, recipe, lambda stage: None))
+
+    def test_the_first_stages_sound_can_ship(self, engine, case, recipe):
+        recipe.sound_from_stage = 1
+        texts = Texts(engine.text.encode("positive"))
+        latents = engine.sample(texts, PixelShape(9, 128, 128, 24.0), recipe, engine.noise_for(0), lambda stage: None)
+        case.assert_close("mid.stage1.audio_latent", latents.audio_BCTM)
+
+
+class TestOneStageGuided:
+    @pytest.fixture
+    def case(self, golden):
+        return golden("e2e_ltx2_0/case_one_stage_cfg_t2v")
+
+    @pytest.fixture
+    def engine(self, engine_for, case):
+        return engine_for(case, ("video", "audio"))
+
+    def test_trap_17_levels_are_the_references(self, case):
+        levels = ScheduleConfig(num_steps=case.params["steps"]).levels(12)
+        torch.testing.assert_close(torch.tensor(levels), case["in.sigmas"], atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize("batch_passes", [True, False])
+    def test_trap_14_every_step_is_the_references_however_predictions_are_batched(self, engine, case, batch_passes):
+        recipe = guided_recipe(case, batch_passes=batch_passes)
+        shape, noise = latent_shape(PixelShape(9, 64, 96, 24.0)), engine.noise_for(0)
+        start = add_noise(engine._empty(shape), noise, 1.0)
+        scene = Scene(shape, engine._texts("positive", recipe))
+        steps = list(denoising(engine.denoiser, start, scene, recipe.stages[0], noise))
+        assert len(steps) == case.params["steps"]
+        assert_steps_are_recorded(case, steps)
+
+    def test_frames_and_sound_are_the_references(self, engine, case, request_for):
+        request = request_for(prompt="positive", width=96, height=64, grid_px=32)
+        assert_clip_is_recorded(case, engine.render(request, guided_recipe(case), lambda stage: None))
