@@ -1,6 +1,6 @@
-"""Shared fixtures: a bucket, served by moto's S3 server in a process of its own.
+"""Shared fixtures: golden data, and a bucket served by moto's S3 server in a process of its own.
 
-Tests read nothing outside the repository; what they compare with lies in `tests/fixtures`.
+Tests read nothing outside the repository; what they compare with lies packed in `tests/fixtures`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,32 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import fsspec
 import pytest
 
+from tests.golden import GoldenFolders
+
+if TYPE_CHECKING:
+    from tests.golden_case import GoldenCase
+
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="session")
+def fixtures(tmp_path_factory: pytest.TempPathFactory) -> GoldenFolders:
+    """The golden folders: `fixtures / "dit_ltx2_0" / "model.safetensors"` is a path. Naming a folder unpacks it."""
+    return GoldenFolders(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="session")
+def golden(fixtures: GoldenFolders) -> Callable[[str], GoldenCase]:
+    """Reads the case of a name such as vae_ltx2_0/case_decode."""
+    from tests.golden_case import read_case  # suites without torch use this file too
+
+    return lambda name: read_case(fixtures / f"{name}.safetensors")
 
 
 def free_port() -> int:

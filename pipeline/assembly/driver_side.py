@@ -38,7 +38,7 @@ from pipeline.planning.reach import refuse_scattered_output
 from pipeline.records.outcome import NS_PER_S, RunFacts, WorkerSeat, item_row, rejected_row, skipped_row, timestamp
 from pipeline.records.request import RequestLimits
 from pipeline.report.rebuild import rebuild
-from pipeline.storage.assets import AssetStore
+from pipeline.storage.assets import AssetStore, RunningIndex
 from pipeline.storage.manifest import Manifest, open_manifest
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
 from pipeline.storage.store import open_store
@@ -106,6 +106,7 @@ class Run:
         self.store = open_store(self.job.output)
         at = timestamp(self._started_ns).strftime("%Y%m%dT%H%M%S")
         self.run_id = self.job.run_id or f"{at}-{secrets.token_hex(3)}"
+        self._index = RunningIndex(AssetStore(self.store), self.run_id)
         self.facts = RunFacts(
             self.run_id, self.job.model.name, self.fingerprint, self.job.precision.name, self.job.parallel.name
         )
@@ -129,6 +130,7 @@ class Run:
                 if row["status"] == "rejected":
                     folder.log("rejected", self._now_ns(), id=row["id"], row=row)
             ending = self._driver(folder).drive()
+            self._index.close(wait=not isinstance(ending.stopped_by, Interrupted))
             return self._finish(folder, ending, early, x_values)
         except BaseException as error:
             code = error.exit_code if isinstance(error, PipelineError) else 1
@@ -152,6 +154,7 @@ class Run:
             now_ns=self._now_ns,
             flush_every_s=FLUSH_EVERY_S,
             committed=lambda item: store.standing(item.key),
+            on_rendered=self._index.note,
         )
 
     def _pool(self) -> Pool:

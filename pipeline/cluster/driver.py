@@ -80,6 +80,8 @@ class Driver:
     flush_every_s: float
     # The commit record of an item, if there is one: a lost worker may have ended its item without saying so.
     committed: Callable[[WorkItem], Mapping[str, Any] | None] = lambda item: None
+    # Told of each key that is rendered.
+    on_rendered: Callable[[str], None] = lambda key: None
     ending: Ending = field(default_factory=Ending)
     _estimated_usd: float = 0.0
     _flushed_s: float = 0.0
@@ -180,6 +182,7 @@ class Driver:
 
     def _settle_row(self, item: WorkItem, row: dict[str, Any]) -> None:
         self._record("rendered", row)
+        self.on_rendered(item.key)
         self.ending.rendered_attempts[item.request.id] = row["attempts"]
         self._estimated_usd += item.estimate.cost_usd
         self.counts.num_rendered += 1

@@ -1,18 +1,13 @@
-"""The nano model, built once, and the golden cases of `tests/fixtures`."""
+"""The nano model, built once."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from kernels.ops import reference_ops
 from pipeline.config.model import DenoiserSize, ModelConfig, PrecisionConfig
@@ -22,45 +17,8 @@ from pipeline.engine.loading import load_engine
 from pipeline.engine.nano import CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER, build_nano
 from pipeline.records.request import RenderRequest
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 STAGE_1_SIGMAS = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]
 STAGE_2_SIGMAS = [0.909375, 0.725, 0.421875, 0.0]
-
-
-@dataclass(frozen=True)
-class Golden:
-    """Tensors of one golden case, with the relative tolerance it states."""
-
-    tensors: dict[str, Tensor]
-    tolerance: float
-    params: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def assert_close(self, name: str, actual: Tensor) -> None:
-        expected = self.tensors[name]
-        assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}"
-        error = float((actual - expected).abs().max() / expected.abs().max())
-        assert error <= self.tolerance, f"{name} is off by {error:.2e} of its scale, allowed {self.tolerance:.0e}"
-
-
-@pytest.fixture(scope="session")
-def fixtures() -> Path:
-    return FIXTURES
-
-
-@pytest.fixture(scope="session")
-def golden() -> Callable[[str], Golden]:
-    """Golden case by its path under `tests/fixtures`, without the suffix."""
-
-    def load(name: str) -> Golden:
-        path = FIXTURES / f"{name}.safetensors"
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        return Golden(load_file(path), float(metadata["tolerance"]), json.loads(metadata["params"]))
-
-    return load
 
 
 @pytest.fixture(autouse=True)

@@ -2,87 +2,71 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from kernels.ops import reference_ops
 from pipeline.model.checkpoint import CheckpointFile, load_denoiser
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.streams import DistinctTimesteps, Perturbation, TokenStream
+from tests.golden import GoldenFolders
+from tests.golden_case import GoldenCase
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
+class DenoiserCase(GoldenCase):
+    """One recorded call of a denoiser: `video`, `audio` and `perturbations` go in."""
 
-@dataclass(frozen=True, eq=False)
-class GoldenCase:
-    """One recorded call: `video` and `audio` go in, `expected` holds every out.* and mid.* tensor."""
+    @property
+    def video(self) -> TokenStream | None:
+        return self._stream("video")
 
-    video: TokenStream | None
-    audio: TokenStream | None
-    perturbations: tuple[Perturbation, ...] | None
-    expected: dict[str, Tensor]
+    @property
+    def audio(self) -> TokenStream | None:
+        return self._stream("audio")
+
+    @property
+    def perturbations(self) -> tuple[Perturbation, ...] | None:
+        recorded = self.params.get("perturbations")
+        return None if recorded is None else tuple(_perturbation(sample) for sample in recorded)
+
+    def _stream(self, name: str) -> TokenStream | None:
+        given = {key.removeprefix(f"in.{name}."): value for key, value in self.tensors.items()}
+        if "latent" not in given:
+            return None
+        return TokenStream(
+            tokens_BTC=given["latent"],
+            timesteps=DistinctTimesteps.from_tokens(given["timesteps"].squeeze(-1)),
+            sigma_B=given["sigma"],
+            positions_BAT2=given["positions"],
+            text_BSD=given["context"],
+            text_mask_BS=given.get("context_mask"),
+            attention_mask_BTT=given.get("attention_mask"),
+        )
 
 
 @pytest.fixture(scope="session")
-def fixtures() -> Path:
-    return FIXTURES
+def av_denoiser(fixtures: GoldenFolders) -> AudioVideoDenoiser:
+    return load_denoiser(CheckpointFile(fixtures / "dit_ltx2_0" / "model.safetensors"), reference_ops(), "cpu")
 
 
 @pytest.fixture(scope="session")
-def av_denoiser() -> AudioVideoDenoiser:
-    return load_denoiser(CheckpointFile(FIXTURES / "dit_ltx2_0" / "model.safetensors"), reference_ops(), "cpu")
-
-
-@pytest.fixture(scope="session")
-def video_only_denoiser() -> AudioVideoDenoiser:
-    path = FIXTURES / "dit_ltx2_0_video_model" / "model.safetensors"
+def video_only_denoiser(fixtures: GoldenFolders) -> AudioVideoDenoiser:
+    path = fixtures / "dit_ltx2_0_video_model" / "model.safetensors"
     return load_denoiser(CheckpointFile(path), reference_ops(), "cpu")
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], GoldenCase]:
+def golden(golden: Callable[[str], GoldenCase]) -> Callable[[str], DenoiserCase]:
     """Reads the case of a name such as dit_ltx2_0/case_t2v."""
-    return _read_case
+    return lambda name: DenoiserCase(**vars(golden(name)))
 
 
 @pytest.fixture(autouse=True)
 def without_gradients() -> object:
     with torch.inference_mode():
         yield
-
-
-def _read_case(name: str) -> GoldenCase:
-    with safe_open(str(FIXTURES / f"{name}.safetensors"), framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        params = json.loads(file.metadata()["params"])
-    recorded = params.get("perturbations")
-    return GoldenCase(
-        video=_stream(tensors, "video"),
-        audio=_stream(tensors, "audio"),
-        perturbations=None if recorded is None else tuple(_perturbation(sample) for sample in recorded),
-        expected={key: value for key, value in tensors.items() if not key.startswith("in.")},
-    )
-
-
-def _stream(tensors: dict[str, Tensor], name: str) -> TokenStream | None:
-    if f"in.{name}.latent" not in tensors:
-        return None
-    return TokenStream(
-        tokens_BTC=tensors[f"in.{name}.latent"],
-        timesteps=DistinctTimesteps.from_tokens(tensors[f"in.{name}.timesteps"].squeeze(-1)),
-        sigma_B=tensors[f"in.{name}.sigma"],
-        positions_BAT2=tensors[f"in.{name}.positions"],
-        text_BSD=tensors[f"in.{name}.context"],
-        text_mask_BS=tensors.get(f"in.{name}.context_mask"),
-        attention_mask_BTT=tensors.get(f"in.{name}.attention_mask"),
-    )
 
 
 def _perturbation(sample: list[list]) -> Perturbation:

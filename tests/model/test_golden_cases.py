@@ -36,9 +36,9 @@ def test_velocities_of_both_streams_are_those_of_the_official_model(
     case = golden(f"dit_ltx2_0/case_{case_name}")
     video, audio = av_denoiser(case.video, case.audio, perturbations=case.perturbations)
     for name, velocity in (("video", video), ("audio", audio)):
-        assert (velocity is None) == (f"out.{name}" not in case.expected)
+        assert (velocity is None) == (f"out.{name}" not in case.tensors)
         if velocity is not None:
-            error = relative_error(velocity, case.expected[f"out.{name}"])
+            error = relative_error(velocity, case[f"out.{name}"])
             record_property(f"{name} error", f"{error:.1e}")
             assert error <= OUTPUT_BOUND
 
@@ -48,7 +48,7 @@ def test_video_only_kind_of_model_needs_no_audio_weights(
 ) -> None:
     case = golden("dit_ltx2_0_video_model/case_t2v")
     video, audio = video_only_denoiser(case.video, None)
-    assert relative_error(video, case.expected["out.video"]) <= OUTPUT_BOUND
+    assert relative_error(video, case["out.video"]) <= OUTPUT_BOUND
     assert audio is None
     assert not [name for name in video_only_denoiser.state_dict() if "audio" in name or "exchange" in name]
 
@@ -70,9 +70,9 @@ def test_every_block_yields_the_official_tokens(
     for index, states in enumerate(outputs):
         for name, state in zip(("video", "audio"), states, strict=True):
             if state is not None:
-                assert relative_error(state.x_BTD, case.expected[f"mid.block.{index}.{name}"]) <= OUTPUT_BOUND
+                assert relative_error(state.x_BTD, case[f"mid.block.{index}.{name}"]) <= OUTPUT_BOUND
                 compared += 1
-    assert compared == sum(key.startswith("mid.block.") for key in case.expected)
+    assert compared == sum(key.startswith("mid.block.") for key in case.tensors)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_what_the_first_block_is_given_is_official(
     compared = 0
     for name, state in zip(("video", "audio"), given[0][:2], strict=True):
         for key, value in _inputs_of_first_block(state).items():
-            expected = case.expected[f"mid.pre.{name}.{key}"]
+            expected = case[f"mid.pre.{name}.{key}"]
             if "rope" in key:
                 assert value.shape == expected.shape
                 assert (value - expected).abs().max() <= ROTARY_BOUND, key
             else:
                 assert relative_error(value.expand_as(expected), expected) <= OUTPUT_BOUND, key
             compared += 1
-    unused_here = 0 if case.audio is not None else len(_exchange_keys(case.expected))
-    assert compared == sum(key.startswith("mid.pre.") for key in case.expected) - unused_here
+    unused_here = 0 if case.audio is not None else len(_exchange_keys(case.tensors))
+    assert compared == sum(key.startswith("mid.pre.") for key in case.tensors) - unused_here
 
 
 def _exchange_keys(expected: dict[str, Tensor]) -> list[str]:
@@ -134,7 +134,7 @@ def test_bfloat16_weights_stay_close_to_float32_even_under_masks(
     half = _copy_in_bfloat16(av_denoiser)
     for got, name in zip(half(case.video, case.audio), ("video", "audio"), strict=True):
         assert got.dtype == torch.bfloat16
-        assert relative_error(got.float(), case.expected[f"out.{name}"]) <= 3e-2
+        assert relative_error(got.float(), case[f"out.{name}"]) <= 3e-2
 
 
 def _copy_in_bfloat16(denoiser: AudioVideoDenoiser) -> AudioVideoDenoiser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from pipeline.model.hparams import DenoiserHparams, StreamHparams
 @pytest.fixture
 def section(fixtures: Path) -> dict[str, Any]:
     """The published section of the 19B model."""
-    with gzip.open(fixtures / "inventory" / "ltx-2-19b-dev.json.gz", "rt") as file:
-        return json.load(file)["metadata"]["config"]["transformer"]
+    return json.loads((fixtures / "inventory" / "ltx-2-19b-dev.json").read_text())["metadata"]["config"]["transformer"]
 
 
 def test_published_19b_metadata_gives_the_published_sizes(section: dict[str, Any]) -> None:

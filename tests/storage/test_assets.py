@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.assets import INDEX, AssetStore
+from pipeline.errors import StorageUnavailable
+from pipeline.storage.assets import INDEX, AssetStore, RunningIndex
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.store import Store
 
@@ -130,6 +131,33 @@ def test_a_resume_reads_the_index_and_only_the_records_that_are_newer(
     monkeypatch.setattr(assets.store, "read", lambda name: opened.append(name) or read(name))
     assert set(assets.committed(keys)) == set(keys)
     assert sorted(opened) == [f"commits/{keys[4]}.json", f"commits/{keys[5]}.json", f"{INDEX}/run-1-00000.parquet"]
+
+
+def test_a_run_compacts_its_records_as_they_come_so_that_a_killed_one_leaves_few(
+    assets: AssetStore, scratch: Path
+) -> None:
+    keys = [f"{number:064d}" for number in range(5)]
+    running = RunningIndex(assets, "run-1", every=2)
+    for key in keys:
+        assets.commit(key, published(assets, scratch, stem=key[-3:], key=key))
+        running.note(key)
+    running.close(wait=True)
+    assert assets._index().keys() == set(keys[:4])
+    assert sorted(assets.store.sizes(INDEX)) == ["run-1-00000.parquet", "run-1-00001.parquet"]
+    assert assets.compact("run-1") == 1 and set(assets.committed(keys)) == set(keys)
+
+
+def test_an_index_that_cannot_be_written_stops_nothing(
+    assets: AssetStore, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise StorageUnavailable("the store is away")
+
+    monkeypatch.setattr(AssetStore, "index_records", fail)
+    running = RunningIndex(assets, "run-1", every=1)
+    running.note(KEY)
+    running.close(wait=True)
+    assert assets.store.sizes(INDEX) == {}
 
 
 def test_a_record_that_was_removed_is_not_done_whatever_the_index_says(assets: AssetStore, scratch: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,9 @@ from pipeline.geometry import (
     next_on_grid,
     render_shape,
 )
+from tests import golden
 
-SHAPES = json.loads((Path(__file__).parent.parent / "fixtures" / "coords" / "latent_shapes.json").read_text())
+SHAPES = json.loads(golden.read("coords")["latent_shapes.json"])
 
 
 def test_latent_shapes_equal_the_reference() -> None:
