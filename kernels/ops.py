@@ -6,11 +6,11 @@ What each slot computes, with shapes and dtypes, is defined by the function of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kernels import reference
+from kernels import reference, scaled_mm
 
 # Shape suffixes are those of kernels.reference.
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -28,6 +28,15 @@ GatedResidualFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 QkNormRopeFn = Callable[[Tensor, Tensor, "tuple[Tensor, Tensor] | None", int, float], Tensor]
 """(x_BTD, weight_D, (cos_BHTP, sin_BHTP) or None, num_heads, eps) -> BHTK"""
 
+GateHeadsFn = Callable[[Tensor, Tensor], Tensor]
+"""(x_BTD, logits_BTH) -> BTD"""
+
+QuantiseRowsFn = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x_MD -> (float8 MD, scale_M1)"""
+
+Fp8LinearFn = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""(x_BTD, float8 weight_ND, weight_scale_N1, bias_N or None) -> BTN"""
+
 ActivationFn = Callable[[Tensor], Tensor]
 """Any shape, element by element."""
 
@@ -42,7 +51,11 @@ class OpSet:
     modulated_layer_norm: ModulatedNormFn
     gated_residual: GatedResidualFn
     qk_norm_rope: QkNormRopeFn
+    qk_norm_rope_interleaved: QkNormRopeFn
+    gate_heads: GateHeadsFn
     gelu_tanh: ActivationFn
+    quantise_rows: QuantiseRowsFn
+    fp8_linear: Fp8LinearFn
 
 
 def reference_ops() -> OpSet:
@@ -54,5 +67,16 @@ def reference_ops() -> OpSet:
         modulated_layer_norm=reference.modulated_layer_norm,
         gated_residual=reference.gated_residual,
         qk_norm_rope=reference.qk_norm_rope,
+        qk_norm_rope_interleaved=reference.qk_norm_rope_interleaved,
+        gate_heads=reference.gate_heads,
         gelu_tanh=reference.gelu_tanh,
+        quantise_rows=reference.quantise_rows,
+        fp8_linear=reference.fp8_linear,
     )
+
+
+def device_ops(device: str) -> OpSet:
+    """The plain operations, but for those that a device of this kind ("cpu", "cuda", "cuda:1") has units for."""
+    if device.split(":")[0] == "cuda":
+        return replace(reference_ops(), fp8_linear=scaled_mm.fp8_linear)
+    return reference_ops()

@@ -4,7 +4,7 @@ Inputs may be float32, bfloat16 or float16. Except for attention, arithmetic is 
 the dtype of the first argument. No operation writes to its inputs.
 
 Shape suffixes: B batch, T tokens, S keys, D channels of a token, H heads, K channels of a head, P = K/2,
-N distinct timesteps of a sample. A size of 1 at B broadcasts.
+N distinct timesteps of a sample. A size of 1 at B broadcasts. Of a linear layer: M rows of input, D channels in, N out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+FP8_MAX = 448.0
+"""Largest number of float8 e4m3."""
 
 
 def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,18 +69,53 @@ def qk_norm_rope(
     3. With rotary = (cos, sin), float32 of (B, H, T, P), and y = (a, b) the two halves of a head's channels:
        (a cos - b sin, b cos + a sin).
     """
-    y_BTD = _rms_normalised(x_BTD, eps) * weight_D.float()
-    y_BHTK = y_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    y_BHTK = _normed_heads(x_BTD, weight_D, num_heads, eps)
     if rotary is not None:
-        cos_BHTP, sin_BHTP = rotary
-        a_BHTP, b_BHTP = y_BHTK.chunk(2, dim=-1)
-        y_BHTK = torch.cat((a_BHTP * cos_BHTP - b_BHTP * sin_BHTP, b_BHTP * cos_BHTP + a_BHTP * sin_BHTP), dim=-1)
+        y_BHTK = torch.cat(_rotated(y_BHTK.chunk(2, dim=-1), rotary), dim=-1)
     return y_BHTK.to(x_BTD.dtype)
+
+
+def qk_norm_rope_interleaved(
+    x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
+) -> Tensor:
+    """As `qk_norm_rope`, but a and b are the even and the odd channels of a head, and stay where they were."""
+    y_BHTK = _normed_heads(x_BTD, weight_D, num_heads, eps)
+    if rotary is not None:
+        y_BHTK = torch.stack(_rotated(y_BHTK.unflatten(-1, (-1, 2)).unbind(dim=-1), rotary), dim=-1).flatten(-2)
+    return y_BHTK.to(x_BTD.dtype)
+
+
+def gate_heads(x_BTD: Tensor, logits_BTH: Tensor) -> Tensor:
+    """Head h of x, channels h*K to (h+1)*K, times 2 * sigmoid(logits[..., h]); (B, T, D)."""
+    gate_BTH1 = 2 * torch.sigmoid(logits_BTH.float())[..., None]
+    return (x_BTD.float().unflatten(-1, (logits_BTH.shape[-1], -1)) * gate_BTH1).flatten(-2).to(x_BTD.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh approximation, x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), any shape."""
     return functional.gelu(x, approximate="tanh")
+
+
+def quantise_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """x as float8 e4m3, (M, D), and one float32 scale a row, (M, 1): x is about fp8 * scale.
+
+    scale = max|row| / 448, so the largest value of a row becomes the largest of the format; 1 for a row of zeros.
+    """
+    peak_M1 = x_MD.abs().amax(dim=-1, keepdim=True).float()
+    scale_M1 = torch.where(peak_M1 > 0, peak_M1 / FP8_MAX, torch.ones_like(peak_M1))
+    return (x_MD.float() / scale_M1).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale_M1
+
+
+def fp8_linear(x_BTD: Tensor, weight_ND: Tensor, weight_scale_N1: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x W^T + bias over float8 values, (B, T, N), in the dtype of x: W = weight * weight_scale, rows of x scaled too.
+
+    Both factors are exact in float32 and so is the sum of their products, up to its own rounding.
+    """
+    quantised_MD, scale_M1 = quantise_rows(x_BTD.flatten(0, -2))
+    y_MN = quantised_MD.float() @ weight_ND.float().t() * scale_M1 * weight_scale_N1.t()
+    if bias_N is not None:
+        y_MN = y_MN + bias_N.float()
+    return y_MN.to(x_BTD.dtype).unflatten(0, x_BTD.shape[:-1])
 
 
 def rows_of_tokens(rows_BND: Tensor, index_BT: Tensor | None) -> Tensor:
@@ -90,3 +128,13 @@ def rows_of_tokens(rows_BND: Tensor, index_BT: Tensor | None) -> Tensor:
 
 def _rms_normalised(x_BTD: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x_BTD.float(), x_BTD.shape[-1:], eps=eps)
+
+
+def _normed_heads(x_BTD: Tensor, weight_D: Tensor, num_heads: int, eps: float) -> Tensor:
+    y_BTD = _rms_normalised(x_BTD, eps) * weight_D.float()
+    return y_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _rotated(pair: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    (a_BHTP, b_BHTP), (cos_BHTP, sin_BHTP) = pair, rotary
+    return a_BHTP * cos_BHTP - b_BHTP * sin_BHTP, b_BHTP * cos_BHTP + a_BHTP * sin_BHTP

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from kernels.ops import reference_ops
+from kernels.ops import device_ops
 from pipeline.config.jobs import RenderJob
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
@@ -28,7 +28,7 @@ def build_worker(
     meter.enter("weight_load")
     store = open_store(job.output)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
-    engine = load_engine(model, job.precision, device=device, ops=reference_ops())
+    engine = load_engine(model, job.precision, device=device, ops=device_ops(device))
     return ClipWorker(
         engine=engine,
         store=AssetStore(store),

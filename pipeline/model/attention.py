@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet
+from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.rope import RotaryTable
 
 # Which samples of a batch go without something: none (False), all (True), or those marked in a bool (B,).
@@ -29,20 +30,22 @@ class Attention(nn.Module):
     """Multi-head attention with normed, optionally rotated queries and keys."""
 
     def __init__(
-        self, *, query_dim: int, context_dim: int, num_heads: int, head_dim: int, norm_eps: float, ops: OpSet
+        self, heads_of: StreamHparams, query_dim: int, context_dim: int, hparams: DenoiserHparams, ops: OpSet
     ) -> None:
         super().__init__()
-        inner_dim = num_heads * head_dim
-        self.num_heads = num_heads
-        self.norm_eps = norm_eps
+        inner_dim = heads_of.width
+        self.num_heads = heads_of.num_heads
+        self.norm_eps = hparams.qk_norm_eps
         self.to_q = nn.Linear(query_dim, inner_dim)
         self.to_k = nn.Linear(context_dim, inner_dim)
         self.to_v = nn.Linear(context_dim, inner_dim)
         self.to_out = nn.Linear(inner_dim, query_dim)
         self.q_norm = HeadNorm(inner_dim)
         self.k_norm = HeadNorm(inner_dim)
+        self.to_gate_logits = nn.Linear(query_dim, self.num_heads) if hparams.gated_attention else None
         self.attend = ops.attention
-        self.qk_norm_rope = ops.qk_norm_rope
+        self.qk_norm_rope = ops.qk_norm_rope_interleaved if hparams.rotary.interleaved else ops.qk_norm_rope
+        self.gate_heads = ops.gate_heads
 
     def forward(
         self,
@@ -52,22 +55,37 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
         rotary: RotaryTable | None = None,
         key_rotary: RotaryTable | None = None,
-        skipped: Skipped = False,
+        values_only: Skipped = False,
+        input_only: Skipped = False,
     ) -> Tensor:
         """What each token of x takes from the context, (B, T, D of x).
 
-        `bias` is additive and broadcasts to (B, H, T, S). Skipped samples pass the value projection through in place of
-        attention (so S must be T), and still go through the output projection.
+        `bias` is additive and broadcasts to (B, H, T, S). In place of attention, samples in `values_only` pass their
+        value projection on (so S must be T) and those in `input_only` x itself (so its width must be the heads'); both
+        still go through the gate and the output projection.
         """
+        if input_only is True:
+            return self._project_out(x_BTD, x_BTD)
         v_BSD = self.to_v(context_BSD)
-        if skipped is True:
-            return self.to_out(v_BSD)
+        if values_only is True:
+            return self._project_out(v_BSD, x_BTD)
         q_BHTK = self.qk_norm_rope(self.to_q(x_BTD), self.q_norm.weight, rotary, self.num_heads, self.norm_eps)
         k_BHSK = self.qk_norm_rope(
             self.to_k(context_BSD), self.k_norm.weight, key_rotary, self.num_heads, self.norm_eps
         )
         v_BHSK = v_BSD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         mixed_BTD = self.attend(q_BHTK, k_BHSK, v_BHSK, bias).transpose(1, 2).flatten(2)
-        if isinstance(skipped, Tensor):
-            mixed_BTD = torch.where(skipped[:, None, None], v_BSD, mixed_BTD)
+        mixed_BTD = where_skipped(values_only, v_BSD, mixed_BTD)
+        return self._project_out(where_skipped(input_only, x_BTD, mixed_BTD), x_BTD)
+
+    def _project_out(self, mixed_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        if self.to_gate_logits is not None:
+            mixed_BTD = self.gate_heads(mixed_BTD, self.to_gate_logits(x_BTD))
         return self.to_out(mixed_BTD)
+
+
+def where_skipped(skipped: Skipped, instead_BTD: Tensor, computed_BTD: Tensor) -> Tensor:
+    """`instead` for skipped samples, `computed` for the others."""
+    if isinstance(skipped, Tensor):
+        return torch.where(skipped[:, None, None], instead_BTD, computed_BTD)
+    return instead_BTD if skipped else computed_BTD

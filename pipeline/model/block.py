@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet
-from pipeline.model.attention import Attention, Skipped
+from pipeline.model.attention import Attention, Skipped, where_skipped
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
-from pipeline.model.modulation import StreamModulation
-from pipeline.model.streams import Perturbation, StreamConditioning
+from pipeline.model.modulation import ExchangeModulation, StreamModulation
+from pipeline.model.streams import Perturbation, SkipStrategy, StreamConditioning
 
 FEED_FORWARD_FACTOR = 4
 
@@ -35,9 +35,11 @@ class StreamState:
 class BlockSkips:
     """Which samples go without what in one block."""
 
-    video_self_attention: Skipped = False
-    audio_self_attention: Skipped = False
+    video_values_only: Skipped = False
+    video_input_only: Skipped = False
+    audio_values_only: Skipped = False
     exchange: Skipped = False
+    everything: Skipped = False
 
 
 NO_SKIPS = BlockSkips()
@@ -45,10 +47,16 @@ NO_SKIPS = BlockSkips()
 
 def skips_of_block(perturbations: Sequence[Perturbation], block: int, device: torch.device) -> BlockSkips:
     """What the samples' perturbations mean for the block with this index."""
+
+    def video(strategy: SkipStrategy) -> Skipped:
+        return _skipped([p.strategy == strategy and block in p.video_self_attention for p in perturbations], device)
+
     return BlockSkips(
-        video_self_attention=_skipped([block in p.video_self_attention for p in perturbations], device),
-        audio_self_attention=_skipped([block in p.audio_self_attention for p in perturbations], device),
+        video_values_only=video("values"),
+        video_input_only=video("attention"),
+        audio_values_only=_skipped([block in p.audio_self_attention for p in perturbations], device),
         exchange=_skipped([p.isolate_streams for p in perturbations], device),
+        everything=video("block"),
     )
 
 
@@ -61,10 +69,10 @@ def _skipped(samples: list[bool], device: torch.device) -> Skipped:
 class FeedForward(nn.Module):
     """Two linear layers around a tanh GELU, token by token."""
 
-    def __init__(self, width: int, ops: OpSet) -> None:
+    def __init__(self, width: int, bias: bool, ops: OpSet) -> None:
         super().__init__()
-        self.widen = nn.Linear(width, FEED_FORWARD_FACTOR * width)
-        self.narrow = nn.Linear(FEED_FORWARD_FACTOR * width, width)
+        self.widen = nn.Linear(width, FEED_FORWARD_FACTOR * width, bias=bias)
+        self.narrow = nn.Linear(FEED_FORWARD_FACTOR * width, width, bias=bias)
         self.activation = ops.gelu_tanh
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -74,33 +82,57 @@ class FeedForward(nn.Module):
 class StreamLayers(nn.Module):
     """One stream's own layers in a block."""
 
-    def __init__(self, stream: StreamHparams, norm_eps: float, ops: OpSet) -> None:
+    def __init__(self, stream: StreamHparams, hparams: DenoiserHparams, ops: OpSet) -> None:
         super().__init__()
         self.ops = ops
-        self.norm_eps = norm_eps
-        self.self_attention = _attention(stream, stream.width, stream.width, norm_eps, ops)
-        self.text_attention = _attention(stream, stream.width, stream.width, norm_eps, ops)
-        self.feed_forward = FeedForward(stream.width, ops)
-        # Rows: shift, scale, gate of self-attention; shift, scale, gate of the feed-forward.
-        self.table = nn.Parameter(torch.zeros(6, stream.width))
+        self.norm_eps = hparams.norm_eps
+        self.text_query_norm = hparams.text_query_norm
+        self.self_attention = Attention(stream, stream.width, stream.width, hparams, ops)
+        self.text_attention = Attention(stream, stream.width, stream.width, hparams, ops)
+        self.feed_forward = FeedForward(stream.width, stream.feed_forward_bias, ops)
+        # Rows: shift, scale, gate of self-attention; of the feed-forward; of the text attention's queries.
+        self.table = nn.Parameter(torch.zeros(num_rows(hparams), stream.width))
+        # Rows: shift, scale.
+        self.text_table = nn.Parameter(torch.zeros(2, stream.width)) if hparams.text_modulation else None
 
-    def attend(self, state: StreamState, skipped: Skipped) -> StreamState:
-        """Self-attention, then text attention (queries normed but not modulated), each added to the tokens."""
-        x_BTD, given, index_BT = state.x_BTD, state.conditioning, state.modulation.index_BT
-        shift_BKD, scale_BKD, gate_BKD = (self.table[:3] + state.modulation.rows_BK6D[:, :, :3]).unbind(dim=2)
-        y_BTD = self.ops.modulated_rms_norm(x_BTD, scale_BKD, shift_BKD, index_BT, self.norm_eps)
+    def attend(self, state: StreamState, values_only: Skipped, input_only: Skipped) -> StreamState:
+        """Self-attention, then text attention, each added to the tokens."""
+        given, index_BT = state.conditioning, state.modulation.index_BT
+        shift_BKD, scale_BKD, gate_BKD = self._rows(state, 0)
+        y_BTD = self.ops.modulated_rms_norm(state.x_BTD, scale_BKD, shift_BKD, index_BT, self.norm_eps)
         y_BTD = self.self_attention(
-            y_BTD, y_BTD, bias=given.self_bias, rotary=given.rotary, key_rotary=given.rotary, skipped=skipped
+            y_BTD,
+            y_BTD,
+            bias=given.self_bias,
+            rotary=given.rotary,
+            key_rotary=given.rotary,
+            values_only=values_only,
+            input_only=input_only,
         )
-        x_BTD = self.ops.gated_residual(x_BTD, y_BTD, gate_BKD, index_BT)
-        y_BTD = self.ops.rms_norm(x_BTD, self.norm_eps)
-        x_BTD = x_BTD + self.text_attention(y_BTD, given.text_BSD, bias=given.text_bias)
-        return replace(state, x_BTD=x_BTD)
+        x_BTD = self.ops.gated_residual(state.x_BTD, y_BTD, gate_BKD, index_BT)
+        return replace(state, x_BTD=self._attend_to_text(replace(state, x_BTD=x_BTD)))
+
+    def _attend_to_text(self, state: StreamState) -> Tensor:
+        x_BTD, given, modulation = state.x_BTD, state.conditioning, state.modulation
+        if self.text_table is None or modulation.text_rows_B12D is None:
+            y_BTD = self.ops.rms_norm(x_BTD, self.norm_eps) if self.text_query_norm else x_BTD
+            return x_BTD + self.text_attention(y_BTD, given.text_BSD, bias=given.text_bias)
+        shift_BKD, scale_BKD, gate_BKD = self._rows(state, 6)
+        text_shift_B1D, text_scale_B1D = (self.text_table + modulation.text_rows_B12D).unbind(dim=2)
+        text_BSD = torch.addcmul(text_shift_B1D, given.text_BSD, 1 + text_scale_B1D)
+        y_BTD = self.ops.modulated_rms_norm(x_BTD, scale_BKD, shift_BKD, modulation.index_BT, self.norm_eps)
+        y_BTD = self.text_attention(y_BTD, text_BSD, bias=given.text_bias)
+        return self.ops.gated_residual(x_BTD, y_BTD, gate_BKD, modulation.index_BT)
+
+    def _rows(self, state: StreamState, first: int) -> tuple[Tensor, ...]:
+        """Shift, scale and gate, (B, K, D) each."""
+        rows_BK3D = self.table[first : first + 3] + state.modulation.rows_BKRD[:, :, first : first + 3]
+        return rows_BK3D.unbind(dim=2)
 
     def transform(self, state: StreamState) -> StreamState:
         """Feed-forward, added to the tokens."""
         index_BT = state.modulation.index_BT
-        shift_BKD, scale_BKD, gate_BKD = (self.table[3:] + state.modulation.rows_BK6D[:, :, 3:]).unbind(dim=2)
+        shift_BKD, scale_BKD, gate_BKD = self._rows(state, 3)
         y_BTD = self.ops.modulated_rms_norm(state.x_BTD, scale_BKD, shift_BKD, index_BT, self.norm_eps)
         return replace(state, x_BTD=self.ops.gated_residual(state.x_BTD, self.feed_forward(y_BTD), gate_BKD, index_BT))
 
@@ -108,47 +140,45 @@ class StreamLayers(nn.Module):
 class Exchange(nn.Module):
     """What video takes from audio and audio from video, at the same time."""
 
-    def __init__(self, video: StreamHparams, audio: StreamHparams, norm_eps: float, ops: OpSet) -> None:
+    def __init__(self, audio: StreamHparams, hparams: DenoiserHparams, ops: OpSet) -> None:
         super().__init__()
+        video = hparams.video
         self.ops = ops
-        self.norm_eps = norm_eps
+        self.norm_eps = hparams.norm_eps
         # Both directions meet in the audio stream's heads.
-        self.video_from_audio = _attention(audio, video.width, audio.width, norm_eps, ops)
-        self.audio_from_video = _attention(audio, audio.width, video.width, norm_eps, ops)
+        self.video_from_audio = Attention(audio, video.width, audio.width, hparams, ops)
+        self.audio_from_video = Attention(audio, audio.width, video.width, hparams, ops)
         # Rows: scale, shift for audio to video; scale, shift for video to audio; gate. Scale comes first only here.
         self.video_table = nn.Parameter(torch.zeros(5, video.width))
         self.audio_table = nn.Parameter(torch.zeros(5, audio.width))
 
     def forward(self, video: StreamState, audio: StreamState, skipped: Skipped) -> tuple[StreamState, StreamState]:
         """Both directions read the streams as they were before either was updated. Skipped samples stay as they are."""
-        video_a2v, video_v2a, video_gate = self._inputs(video, self.video_table)
-        audio_a2v, audio_v2a, audio_gate = self._inputs(audio, self.audio_table)
+        video_a2v, video_v2a = self._inputs(video, self.video_table)
+        audio_a2v, audio_v2a = self._inputs(audio, self.audio_table)
         video_rotary, audio_rotary = video.conditioning.exchange_rotary, audio.conditioning.exchange_rotary
         to_video_BTD = self.video_from_audio(video_a2v, audio_a2v, rotary=video_rotary, key_rotary=audio_rotary)
         to_audio_BTD = self.audio_from_video(audio_v2a, video_v2a, rotary=audio_rotary, key_rotary=video_rotary)
-        return self._take(video, to_video_BTD, video_gate, skipped), self._take(
-            audio, to_audio_BTD, audio_gate, skipped
+        return (
+            self._take(video, to_video_BTD, self.video_table, skipped),
+            self._take(audio, to_audio_BTD, self.audio_table, skipped),
         )
 
-    def _inputs(self, state: StreamState, table_5D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a stream brings to each direction, (B, T, D), and the gate (B, 1, D) of what it takes."""
-        modulation = state.modulation
-        if modulation.exchange is None:
-            raise ValueError("both streams must be modulated for an exchange, got one modulated as if it were alone")
-        rows_BK4D = table_5D[:4] + modulation.exchange.rows_BK4D
-        a2v_scale_BKD, a2v_shift_BKD, v2a_scale_BKD, v2a_shift_BKD = rows_BK4D.unbind(dim=2)
-        norm, index_BT = self.ops.modulated_rms_norm, modulation.index_BT
+    def _inputs(self, state: StreamState, table_5D: Tensor) -> tuple[Tensor, Tensor]:
+        """What a stream brings to each direction, (B, T, D)."""
+        exchange = _exchange_modulation(state)
+        a2v_scale_BKD, a2v_shift_BKD, v2a_scale_BKD, v2a_shift_BKD = (table_5D[:4] + exchange.rows_BK4D).unbind(dim=2)
+        norm, index_BT = self.ops.modulated_rms_norm, exchange.rows_index_BT
         return (
             norm(state.x_BTD, a2v_scale_BKD, a2v_shift_BKD, index_BT, self.norm_eps),
             norm(state.x_BTD, v2a_scale_BKD, v2a_shift_BKD, index_BT, self.norm_eps),
-            table_5D[4] + modulation.exchange.gate_B1D,
         )
 
-    def _take(self, state: StreamState, taken_BTD: Tensor, gate_B1D: Tensor, skipped: Skipped) -> StreamState:
-        x_BTD = self.ops.gated_residual(state.x_BTD, taken_BTD, gate_B1D, None)
-        if isinstance(skipped, Tensor):
-            x_BTD = torch.where(skipped[:, None, None], state.x_BTD, x_BTD)
-        return replace(state, x_BTD=x_BTD)
+    def _take(self, state: StreamState, taken_BTD: Tensor, table_5D: Tensor, skipped: Skipped) -> StreamState:
+        exchange = _exchange_modulation(state)
+        gate_BKD = table_5D[4] + exchange.gate_BKD
+        x_BTD = self.ops.gated_residual(state.x_BTD, taken_BTD, gate_BKD, exchange.gate_index_BT)
+        return replace(state, x_BTD=where_skipped(skipped, state.x_BTD, x_BTD))
 
 
 class AudioVideoBlock(nn.Module):
@@ -156,34 +186,38 @@ class AudioVideoBlock(nn.Module):
 
     def __init__(self, hparams: DenoiserHparams, ops: OpSet) -> None:
         super().__init__()
-        video, audio, norm_eps = hparams.video, hparams.audio, hparams.norm_eps
-        self.video = StreamLayers(video, norm_eps, ops)
-        self.audio = None if audio is None else StreamLayers(audio, norm_eps, ops)
-        self.exchange = None if audio is None else Exchange(video, audio, norm_eps, ops)
+        audio = hparams.audio
+        self.video = StreamLayers(hparams.video, hparams, ops)
+        self.audio = None if audio is None else StreamLayers(audio, hparams, ops)
+        self.exchange = None if audio is None else Exchange(audio, hparams, ops)
 
     def forward(
         self, video: StreamState | None, audio: StreamState | None, skips: BlockSkips = NO_SKIPS
     ) -> tuple[StreamState | None, StreamState | None]:
         """The streams with their tokens updated; one that is None stays None."""
+        if skips.everything is True:
+            return video, audio
+        video_before = video
         if video is not None:
-            video = self.video.attend(video, skips.video_self_attention)
+            video = self.video.attend(video, skips.video_values_only, skips.video_input_only)
         if audio is not None and self.audio is not None:
-            audio = self.audio.attend(audio, skips.audio_self_attention)
+            audio = self.audio.attend(audio, skips.audio_values_only, False)
         if video is not None and audio is not None and self.exchange is not None and skips.exchange is not True:
             video, audio = self.exchange(video, audio, skips.exchange)
-        if video is not None:
+        if video is not None and video_before is not None:
             video = self.video.transform(video)
+            video = replace(video, x_BTD=where_skipped(skips.everything, video_before.x_BTD, video.x_BTD))
         if audio is not None and self.audio is not None:
             audio = self.audio.transform(audio)
         return video, audio
 
 
-def _attention(heads_of: StreamHparams, query_dim: int, context_dim: int, norm_eps: float, ops: OpSet) -> Attention:
-    return Attention(
-        query_dim=query_dim,
-        context_dim=context_dim,
-        num_heads=heads_of.num_heads,
-        head_dim=heads_of.head_dim,
-        norm_eps=norm_eps,
-        ops=ops,
-    )
+def num_rows(hparams: DenoiserHparams) -> int:
+    """Rows of a stream's modulation by its timesteps in each block: shift, scale, gate of what is modulated."""
+    return 9 if hparams.text_modulation else 6
+
+
+def _exchange_modulation(state: StreamState) -> ExchangeModulation:
+    if state.modulation.exchange is None:
+        raise ValueError("both streams must be modulated for an exchange, got one modulated as if it were alone")
+    return state.modulation.exchange

@@ -1,16 +1,18 @@
 """Published single-file checkpoints: what is in them, and the streamed, strict way into a module.
 
 A module is built on the meta device and its tensors come from the file one at a time, so that a second full copy never
-exists. Holds the table from names in code to names on disk. Knows nothing of what the tensors mean.
+exists. Weights stored as float8 with a scale are multiplied out, or kept for layers that compute in float8. Holds the
+table from names in code to names on disk. Knows nothing of what the tensors mean.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 from kernels.ops import OpSet
 from pipeline.errors import CheckpointMismatch, UsageError
 from pipeline.model.denoiser import AudioVideoDenoiser
-from pipeline.model.hparams import DenoiserHparams
+from pipeline.model.fitting import TensorSpec, differences, listed, scale_of
+from pipeline.model.fp8 import Fp8Linear, use_fp8
+from pipeline.model.hparams import DenoiserHparams, ExchangeTimesteps
 
 DENOISER_PREFIX = "model.diffusion_model."
 # The text connectors live under the denoiser's prefix but are parts of the text path.
@@ -27,7 +31,6 @@ CONNECTOR_PREFIXES = (
     DENOISER_PREFIX + "video_embeddings_connector.",
     DENOISER_PREFIX + "audio_embeddings_connector.",
 )
-NUM_DIFFERENCES_SHOWN = 20
 
 _DTYPES = {
     "F64": torch.float64,
@@ -44,11 +47,14 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
+
 # Start of a name in code -> start of the name on disk; the rest of the name is the same but for _PARTS.
 _DENOISER_NAMES = {
     "video.embed.": "patchify_proj.",
     "video.text_projection.": "caption_projection.",
     "video.adaln.": "adaln_single.",
+    "video.prompt_adaln.": "prompt_adaln_single.",
+    "video.keyframe_marker": "keyframes_abs_pos_embedding",
     "video.exchange_adaln.": "av_ca_video_scale_shift_adaln_single.",
     "video.exchange_gate_adaln.": "av_ca_a2v_gate_adaln_single.",
     "video.head_table": "scale_shift_table",
@@ -56,6 +62,7 @@ _DENOISER_NAMES = {
     "audio.embed.": "audio_patchify_proj.",
     "audio.text_projection.": "audio_caption_projection.",
     "audio.adaln.": "audio_adaln_single.",
+    "audio.prompt_adaln.": "audio_prompt_adaln_single.",
     "audio.exchange_adaln.": "av_ca_audio_scale_shift_adaln_single.",
     "audio.exchange_gate_adaln.": "av_ca_v2a_gate_adaln_single.",
     "audio.head_table": "audio_scale_shift_table",
@@ -66,10 +73,12 @@ _BLOCK_NAMES = {
     "video.text_attention.": "attn2.",
     "video.feed_forward.": "ff.",
     "video.table": "scale_shift_table",
+    "video.text_table": "prompt_scale_shift_table",
     "audio.self_attention.": "audio_attn1.",
     "audio.text_attention.": "audio_attn2.",
     "audio.feed_forward.": "audio_ff.",
     "audio.table": "audio_scale_shift_table",
+    "audio.text_table": "audio_prompt_scale_shift_table",
     "exchange.video_table": "scale_shift_table_a2v_ca_video",
     "exchange.audio_table": "scale_shift_table_a2v_ca_audio",
     "exchange.video_from_audio.": "audio_to_video_attn.",
@@ -86,35 +95,25 @@ _PARTS = {
 }
 
 
-class TensorSpec(NamedTuple):
-    """What the header says of a tensor."""
+class TensorFile:
+    """An open `.safetensors` file. Only the header is read until a tensor is asked for.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class CheckpointFile:
-    """An open single-file `.safetensors` checkpoint. Only the header is read until a tensor is asked for.
-
-    Raises UsageError if there is no such file, CheckpointMismatch if it is not a whole safetensors file whose
-    metadata holds a `config`.
+    Raises UsageError if there is no such file, CheckpointMismatch if it is not a whole safetensors file. `what` names
+    the file's part in messages.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, what: str = "checkpoint") -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UsageError(
-                f"{self.path}: checkpoint must be an existing file, got none; stage it or correct the path"
-            )
+            raise UsageError(f"{self.path}: {what} must be an existing file, got none; stage it or correct the path")
         try:
             self._file = safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
             size_bytes = self.path.stat().st_size
             raise CheckpointMismatch(
-                f"{self.path}: checkpoint must be a complete safetensors file, got {size_bytes} bytes that are not "
+                f"{self.path}: {what} must be a complete safetensors file, got {size_bytes} bytes that are not "
                 f"({error}); fetch the file again and compare its hash"
             ) from error
-        self.config = self._read_config()
         self._specs = self._read_specs()
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
@@ -124,14 +123,46 @@ class CheckpointFile:
     def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """One tensor in memory of its own on `device`; floating tensors become `dtype` unless that is None.
 
-        KeyError if the checkpoint has no such tensor.
+        A float8 weight with a scale is multiplied out in float32, exactly, and then becomes `dtype`, or bfloat16, which
+        is what the rest of such a file is stored in. KeyError if there is no such tensor.
         """
+        scale = scale_of(name, self._specs)
+        if scale is not None:
+            weight = self.read_stored(name, device).float() * self.read_stored(scale, device).float()
+            return weight.to(torch.bfloat16 if dtype is None else dtype)
+        return self.read_stored(name, device, dtype)
+
+    def read_stored(self, name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+        """As `read`, but the bare numbers on disk, whether or not a scale belongs to them."""
         if name not in self._specs:
             raise KeyError(f"{self.path} has no tensor {name}")
         # What safetensors hands out on the CPU is a window on the mapped file: copy, so that the file may change later.
         tensor = self._file.get_tensor(name)
         target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=target, copy=True)
+
+    def _read_specs(self) -> dict[str, TensorSpec]:
+        specs = {}
+        for name in self._file.keys():  # noqa: SIM118  (the handle is not a mapping)
+            header = self._file.get_slice(name)
+            if header.get_dtype() not in _DTYPES:
+                raise CheckpointMismatch(
+                    f"{self.path}: {name} must have one of the dtypes {sorted(_DTYPES)}, got {header.get_dtype()}; "
+                    "not supported yet"
+                )
+            specs[name] = TensorSpec(tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+        return specs
+
+
+class CheckpointFile(TensorFile):
+    """A published single-file checkpoint: tensors, and the model's configuration in the metadata under `config`.
+
+    Raises CheckpointMismatch if there is no such configuration.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.config = self._read_config()
 
     def _read_config(self) -> dict[str, Any]:
         metadata = self._file.metadata() or {}
@@ -147,30 +178,28 @@ class CheckpointFile:
             raise CheckpointMismatch(f"{wrong}, got a {type(config).__name__}; {way_out}")
         return config
 
-    def _read_specs(self) -> dict[str, TensorSpec]:
-        specs = {}
-        for name in self._file.keys():  # noqa: SIM118  (the handle is not a mapping)
-            header = self._file.get_slice(name)
-            if header.get_dtype() not in _DTYPES:
-                raise CheckpointMismatch(
-                    f"{self.path}: {name} must have one of the dtypes {sorted(_DTYPES)}, got {header.get_dtype()}; "
-                    "not supported yet"
-                )
-            specs[name] = TensorSpec(tuple(header.get_shape()), _DTYPES[header.get_dtype()])
-        return specs
-
 
 def load_denoiser(
-    checkpoint: CheckpointFile, ops: OpSet, device: torch.device | str, dtype: torch.dtype | None = None
+    checkpoint: CheckpointFile,
+    ops: OpSet,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    *,
+    exchange_timesteps: ExchangeTimesteps = "1.2.0",
+    fp8_blocks: Container[int] = (),
 ) -> AudioVideoDenoiser:
     """The checkpoint's denoiser on `device`, in evaluation mode, without gradients.
 
-    `dtype` None keeps each tensor as stored. Raises one CheckpointMismatch for metadata of another kind of model, or
-    listing every tensor that is missing, unexpected or of the wrong shape.
+    `dtype` None keeps each tensor as stored. Blocks in `fp8_blocks` (counted from 0) get float8 linear layers,
+    quantised tensor by tensor on the way in; published float8 weights are taken over as they are. Raises one
+    CheckpointMismatch for metadata of another kind of model, or listing every tensor that is missing, unexpected or of
+    the wrong shape or kind.
     """
-    owned = denoiser_tensors(checkpoint.tensor_specs())
-    denoiser = build_on_meta(read_hparams(checkpoint), ops)
-    fill_module(denoiser, checkpoint, denoiser_names(denoiser, owned), device=device, dtype=dtype, what="the denoiser")
+    hparams = replace(read_hparams(checkpoint), exchange_timesteps=exchange_timesteps)
+    denoiser = build_on_meta(hparams, ops)
+    use_fp8(denoiser, fp8_blocks, ops)
+    names = denoiser_names(denoiser.state_dict(), tensors_to_place(checkpoint.tensor_specs()))
+    fill_module(denoiser, checkpoint, names, device=device, dtype=dtype, what="the denoiser")
     return denoiser.eval()
 
 
@@ -200,14 +229,25 @@ def denoiser_tensors(names_on_disk: Iterable[str]) -> list[str]:
     ]
 
 
+def tensors_to_place(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The denoiser's own tensors but for the scales of float8 weights, which come with these.
+
+    A weight's `input_scale` is for activations quantised by one number known in advance, which nothing here does.
+    """
+    owned = denoiser_tensors(specs)
+    weights = [name for name in owned if scale_of(name, specs) is not None]
+    scales = {name.removesuffix("weight") + kind for name in weights for kind in ("weight_scale", "input_scale")}
+    return [name for name in owned if name not in scales]
+
+
 def has_audio_stream(denoiser_tensors_on_disk: Iterable[str]) -> bool:
     """If the denoiser has an audio stream. Files of the video-only kind carry the same metadata, so tensors decide."""
     return any("audio_" in name or ".av_ca_" in name for name in denoiser_tensors_on_disk)
 
 
-def denoiser_names(denoiser: nn.Module, owned: Iterable[str]) -> dict[str, str]:
-    """Names on disk to names in code, for `fill_module`: all that the denoiser has and all that the file has."""
-    names = {name_on_disk(name): name for name in denoiser.state_dict()}
+def denoiser_names(places: Iterable[str], owned: Iterable[str]) -> dict[str, str]:
+    """Names on disk to names in code, for `fill_module`: all `places` of the denoiser and all that the file has."""
+    names = {name_on_disk(place): place for place in places}
     return names | {stored: stored for stored in owned if stored not in names}
 
 
@@ -239,44 +279,46 @@ def fill_module(
     `names` maps every tensor name on disk that belongs to this part to its state_dict name in the module; a tensor
     that has no place there maps to any name the module lacks. `what` names the part in messages. Parameters are set
     without gradient. Raises one CheckpointMismatch, before anything is read, that lists every tensor of the module
-    without a source, every source without a place, and every wrong shape.
+    without a source, every source without a place, and every wrong shape or kind of number.
     """
-    places = _places(module)
-    problems = differences(
-        {name: tuple(tensor.shape) for name, tensor in places.items()}, checkpoint.tensor_specs(), names
-    )
+    problems = differences(_places(module), checkpoint.tensor_specs(), names)
     if problems:
-        raise CheckpointMismatch(_mismatch_message(checkpoint.path, what, problems))
+        headline = (
+            f"{checkpoint.path}: tensors of {what} must be exactly those of the model its metadata describes, got "
+            f"{len(problems)} differences; use the published file of this model"
+        )
+        raise CheckpointMismatch(listed(headline, problems))
     for stored, place in names.items():
-        owner_name, _, leaf = place.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        tensor = checkpoint.read(stored, device, dtype)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            owner._buffers[leaf] = tensor
+        fill_place(module, place, checkpoint, stored, device, dtype)
 
 
-def differences(
-    places: Mapping[str, tuple[int, ...]], specs: Mapping[str, TensorSpec], names: Mapping[str, str]
-) -> list[str]:
-    """What keeps the tensors on disk (`specs`) from filling `places` (name in code -> shape) by way of `names`.
+def fill_place(
+    module: nn.Module,
+    place: str,
+    source: TensorFile,
+    stored: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give one tensor of `module` its value from the file, as `fill_module` does."""
+    owner = module.get_submodule(place.rpartition(".")[0])
+    scale = scale_of(stored, source.tensor_specs())
+    if isinstance(owner, Fp8Linear) and place.endswith(".weight") and scale is not None:
+        owner.set_scaled_weight(source.read_stored(stored, device), source.read_stored(scale, device))
+    else:
+        set_tensor(module, place, source.read(stored, device, dtype))
 
-    One line a problem, missing tensors first, then unexpected ones, then wrong shapes; empty if all fits.
-    """
-    sources = {place: stored for stored, place in names.items()}
-    missing = [f"missing: {sources.get(place, place)}" for place in places if sources.get(place) not in specs]
-    unexpected = [
-        f"unexpected: {stored}"
-        for stored, place in names.items()
-        if stored in specs and (place not in places or sources[place] != stored)
-    ]
-    wrong_shape = [
-        f"wrong shape: {stored} must be {list(places[place])}, got {list(specs[stored].shape)}"
-        for stored, place in names.items()
-        if stored in specs and place in places and specs[stored].shape != places[place]
-    ]
-    return sorted(missing) + sorted(unexpected) + sorted(wrong_shape)
+
+def set_tensor(module: nn.Module, place: str, tensor: Tensor) -> None:
+    """Put a tensor at a name of the module's; float8 layers quantise it."""
+    owner_name, _, leaf = place.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if isinstance(owner, Fp8Linear) and leaf == "weight":
+        owner.set_weight(tensor)
+    elif leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
 
 
 def _places(module: nn.Module) -> dict[str, Tensor]:
@@ -288,13 +330,3 @@ def _places(module: nn.Module) -> dict[str, Tensor]:
 def _all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
-
-
-def _mismatch_message(path: Path, what: str, problems: list[str]) -> str:
-    shown = problems[:NUM_DIFFERENCES_SHOWN]
-    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-    lines = "\n".join(f"  {line}" for line in shown + more)
-    return (
-        f"{path}: tensors of {what} must be exactly those of the model its metadata describes, got {len(problems)} "
-        f"differences; use the published file of this model\n{lines}"
-    )

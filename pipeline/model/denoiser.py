@@ -1,4 +1,4 @@
-"""The LTX-2.0 denoiser for one device: embed both streams, run the blocks, project back to a velocity.
+"""The denoiser for one device: embed both streams, run the blocks, project back to a velocity.
 
 Sampling, guidance, latents and text encoding are elsewhere; so is everything that knows of several devices.
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet
-from pipeline.model.block import NO_SKIPS, AudioVideoBlock, StreamState, skips_of_block
+from pipeline.model.block import NO_SKIPS, AudioVideoBlock, StreamState, num_rows, skips_of_block
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.modulation import ExchangeModulation, StreamModulation, TimestepModulation
 from pipeline.model.rope import rotary_table
 from pipeline.model.streams import (
     Conditioning,
+    DistinctTimesteps,
     Perturbation,
     StreamConditioning,
     TokenStream,
@@ -50,8 +51,12 @@ class StreamEnds(nn.Module):
         self.hparams = hparams
         self.modulated_layer_norm = ops.modulated_layer_norm
         self.embed = nn.Linear(stream.in_channels, stream.width)
-        self.text_projection = TextProjection(hparams.text_channels, stream.width, ops)
-        self.adaln = TimestepModulation(6, stream.width)
+        self.text_projection = (
+            None if hparams.text_channels is None else TextProjection(hparams.text_channels, stream.width, ops)
+        )
+        self.adaln = TimestepModulation(num_rows(hparams), stream.width)
+        self.prompt_adaln = TimestepModulation(2, stream.width) if hparams.text_modulation else None
+        self.keyframe_marker = nn.Parameter(torch.zeros(1, stream.width)) if stream.keyframe_marker else None
         if hparams.audio is not None:
             self.exchange_adaln = TimestepModulation(4, stream.width)
             self.exchange_gate_adaln = TimestepModulation(1, stream.width)
@@ -67,30 +72,43 @@ class StreamEnds(nn.Module):
             video, audio = self.hparams.video, self.hparams.audio
             seconds = max(video.max_positions[0], audio.max_positions[0])
             time_BA2 = given.positions_BAT2[:, :1]
-            exchange_rotary = rotary_table(time_BA2, (seconds,), audio.num_heads, audio.width, self.hparams.rope_theta)
-        stream = self.stream
+            exchange_rotary = rotary_table(time_BA2, (seconds,), audio.num_heads, audio.width, self.hparams.rotary)
+        stream, text_BSD = self.stream, given.text_BSD.to(dtype)
         return StreamConditioning(
-            text_BSD=self.text_projection(given.text_BSD.to(dtype)),
-            text_bias=text_bias(given.text_mask_BS, dtype),
+            text_BSD=text_BSD if self.text_projection is None else self.text_projection(text_BSD),
+            text_bias=text_bias(given.text_mask_BS, dtype, self.hparams.hidden_text_bias),
             self_bias=attention_bias(given.attention_mask_BTT, dtype),
             rotary=rotary_table(
-                given.positions_BAT2, stream.max_positions, stream.num_heads, stream.width, self.hparams.rope_theta
+                given.positions_BAT2, stream.max_positions, stream.num_heads, stream.width, self.hparams.rotary
             ),
             exchange_rotary=exchange_rotary,
         )
 
+    def embed_tokens(self, given: TokenStream) -> Tensor:
+        """What the first block is given, (B, T, D). ValueError if keyframes are to be marked and none are named."""
+        x_BTD = self.embed(given.tokens_BTC.to(self.embed.weight.dtype))
+        if self.keyframe_marker is None:
+            return x_BTD
+        if given.keyframes_mask_BT is None:
+            raise ValueError("keyframes_mask_BT must be given to a denoiser with a keyframe marker, got None")
+        return x_BTD + given.keyframes_mask_BT.to(x_BTD.dtype)[..., None] * self.keyframe_marker
+
     def modulate(self, given: TokenStream, other: TokenStream | None) -> StreamModulation:
         """Modulation of one step. `other` is the other stream of the call, if any."""
-        scaled_BK = given.timesteps.values_BK * self.hparams.timestep_scale
-        rows_BK6D, embedded_BKD = self.adaln(scaled_BK)
-        exchange = None
-        if other is not None:
-            # Scale and shift by this stream's own timesteps, the gate by the other's noise level: LTX-2 release 1.2.0
-            # behaviour. Earlier releases and diffusers differ where timesteps differ between tokens.
-            rows_BK4D, _ = self.exchange_adaln(scaled_BK)
-            gate_B11D, _ = self.exchange_gate_adaln(other.sigma_B[:, None] * self.hparams.exchange_gate_timestep_scale)
-            exchange = ExchangeModulation(rows_BK4D, gate_B11D.squeeze(2))
-        return StreamModulation(given.timesteps.index_BT, rows_BK6D, embedded_BKD, exchange)
+        rows_BKRD, embedded_BKD = self.adaln(given.timesteps.values_BK * self.hparams.timestep_scale)
+        text_rows_B12D = None
+        if self.prompt_adaln is not None:
+            text_rows_B12D, _ = self.prompt_adaln(given.sigma_B[:, None] * self.hparams.timestep_scale)
+        exchange = None if other is None else self._modulate_exchange(given, other)
+        return StreamModulation(given.timesteps.index_BT, rows_BKRD, embedded_BKD, text_rows_B12D, exchange)
+
+    def _modulate_exchange(self, given: TokenStream, other: TokenStream) -> ExchangeModulation:
+        rule, others_level = self.hparams.exchange_timesteps, DistinctTimesteps.uniform(other.sigma_B)
+        for_rows = others_level if rule == "1.0.0" else given.timesteps
+        for_gate = given.timesteps if rule == "first" else others_level
+        rows_BK4D, _ = self.exchange_adaln(for_rows.values_BK * self.hparams.timestep_scale)
+        gate_BK1D, _ = self.exchange_gate_adaln(for_gate.values_BK * self.hparams.exchange_gate_timestep_scale)
+        return ExchangeModulation(rows_BK4D, for_rows.index_BT, gate_BK1D.squeeze(2), for_gate.index_BT)
 
     def project_out(self, x_BTD: Tensor, modulation: StreamModulation) -> Tensor:
         """Velocity, (B, T, C)."""
@@ -141,7 +159,7 @@ class AudioVideoDenoiser(nn.Module):
         if conditioning is None:
             conditioning = self.prepare(video, audio)
         if perturbations is not None:
-            _require_one_per_sample(perturbations, video, audio)
+            _require_fitting(perturbations, video, audio)
 
         video_state = _enter(self.video, video, audio, conditioning.video)
         audio_state = _enter(self.audio, audio, video, conditioning.audio)
@@ -169,15 +187,14 @@ def _enter(
     num_prepared = None if prepared is None else prepared.rotary.cos_BHTP.shape[2]
     if prepared is None or num_prepared != num_tokens:
         raise ValueError(f"conditioning must be prepared for {num_tokens} tokens, got {num_prepared}")
-    x_BTD = ends.embed(given.tokens_BTC.to(ends.embed.weight.dtype))
-    return StreamState(x_BTD, prepared, ends.modulate(given, other))
+    return StreamState(ends.embed_tokens(given), prepared, ends.modulate(given, other))
 
 
 def _leave(ends: StreamEnds | None, state: StreamState | None) -> Tensor | None:
     return None if ends is None or state is None else ends.project_out(state.x_BTD, state.modulation)
 
 
-def _require_one_per_sample(
+def _require_fitting(
     perturbations: Sequence[Perturbation], video: TokenStream | None, audio: TokenStream | None
 ) -> None:
     batch_sizes = {stream.tokens_BTC.shape[0] for stream in (video, audio) if stream is not None}
@@ -185,3 +202,6 @@ def _require_one_per_sample(
         raise ValueError(
             f"perturbations must have one entry for each of {sorted(batch_sizes)}, got {len(perturbations)}"
         )
+    strategies = sorted({perturbation.strategy for perturbation in perturbations} - {"values"})
+    if audio is not None and strategies:
+        raise ValueError(f"perturbations of a call with audio must have the strategy 'values', got {strategies}")

@@ -21,19 +21,25 @@ _MAX_PERIOD = 10000.0
 
 @dataclass(frozen=True, eq=False)
 class ExchangeModulation:
-    """A stream's part in the audio-video attention: rows of its own timesteps, the gate of the other's noise level."""
+    """A stream's part in the audio-video attention; an index is None where all tokens share one row."""
 
     rows_BK4D: Tensor
-    gate_B1D: Tensor
+    rows_index_BT: Tensor | None
+    gate_BKD: Tensor
+    gate_index_BT: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class StreamModulation:
-    """All modulation of one stream at one step. `index_BT` names each token's row in K; None if there is one row."""
+    """All modulation of one stream at one step. `index_BT` names each token's row in K; None if there is one row.
+
+    `text_rows_B12D` are the shift and scale of the text; None if the text is not modulated.
+    """
 
     index_BT: Tensor | None
-    rows_BK6D: Tensor
+    rows_BKRD: Tensor
     embedded_BKD: Tensor
+    text_rows_B12D: Tensor | None
     exchange: ExchangeModulation | None
 
 

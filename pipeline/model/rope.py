@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.model.hparams import RotaryHparams
+
 
 class RotaryTable(NamedTuple):
     """Cosine and sine of every rotation, float32, (B, H, T, P) each."""
@@ -25,9 +27,9 @@ class RotaryTable(NamedTuple):
 
 
 def rotary_table(
-    positions_BAT2: Tensor, max_positions: tuple[int, ...], num_heads: int, width: int, theta: float
+    positions_BAT2: Tensor, max_positions: tuple[int, ...], num_heads: int, width: int, rotary: RotaryHparams
 ) -> RotaryTable:
-    """Table of the 'split' layout for queries or keys of `width` = num_heads * 2P channels.
+    """Table for queries or keys of `width` = num_heads * 2P channels.
 
     `positions_BAT2` holds [start, end) of each token along each axis, in the unit of `max_positions`. The frequencies
     run over the whole width, frequency first and axis second, behind a padding that does not rotate; only then are they
@@ -37,12 +39,11 @@ def rotary_table(
     if len(max_positions) != num_axes:
         raise ValueError(f"positions must have {len(max_positions)} axes, got {num_axes}")
     start_BAT, end_BAT = positions_BAT2.float().unbind(dim=-1)
-    middle_BTA = ((start_BAT + end_BAT) / 2).transpose(1, 2)
-    extent_A = torch.tensor(max_positions, dtype=torch.float32, device=middle_BTA.device)
+    place_BTA = (start_BAT if rotary.at_start else (start_BAT + end_BAT) / 2).transpose(1, 2)
+    extent_A = torch.tensor(max_positions, dtype=torch.float32, device=place_BTA.device)
     # Angles reach 15,000 rad, where one float32 step is 0.001: the order of these products is part of the model.
-    angle_BTFA = ((middle_BTA / extent_A) * 2 - 1)[:, :, None, :] * _frequencies(
-        width, num_axes, theta, middle_BTA.device
-    )[:, None]
+    frequencies_F = _frequencies(width // (2 * num_axes), rotary).to(place_BTA.device)
+    angle_BTFA = ((place_BTA / extent_A) * 2 - 1)[:, :, None, :] * frequencies_F[:, None]
     angle_BTR = angle_BTFA.flatten(2)
     padding = (width // 2 - angle_BTR.shape[-1], 0)
     cos_BTR = functional.pad(angle_BTR.cos(), padding, value=1.0)
@@ -50,10 +51,11 @@ def rotary_table(
     return RotaryTable(_cut_into_heads(cos_BTR, num_heads), _cut_into_heads(sin_BTR, num_heads))
 
 
-def _frequencies(width: int, num_axes: int, theta: float, device: torch.device) -> Tensor:
-    """theta^(0..1) * pi/2, (F,): computed in float64 and rounded last, which a float32 grid does not reproduce."""
-    exponent_F = torch.linspace(0.0, 1.0, width // (2 * num_axes), dtype=torch.float64)
-    return (torch.pow(theta, exponent_F) * (math.pi / 2)).float().to(device)
+def _frequencies(number: int, rotary: RotaryHparams) -> Tensor:
+    """theta^(0..1) * pi/2, (F,). A float64 grid is rounded last, which a float32 grid does not reproduce."""
+    dtype = torch.float64 if rotary.float64_grid else torch.float32
+    exponent_F = torch.linspace(0.0, 1.0, number, dtype=dtype)
+    return (torch.pow(rotary.theta, exponent_F) * (math.pi / 2)).float()
 
 
 def _cut_into_heads(table_BTR: Tensor, num_heads: int) -> Tensor:

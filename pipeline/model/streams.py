@@ -10,6 +10,7 @@ A position axes (3 for video: time, height, width; 1 for audio: time), K distinc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -69,6 +70,8 @@ class TokenStream:
 
     `text_mask_BS` is 1 to keep and 0 to drop a text token; the published pipelines give none. `attention_mask_BTT`
     weighs in [0, 1] how much a token (row) may see another (column). Positions and masks may have batch size 1.
+    `keyframes_mask_BT` is 1 for tokens of latents that stand for a single frame and 0 for the others; models with a
+    learned keyframe marker need it, the others ignore it.
     """
 
     tokens_BTC: Tensor
@@ -78,13 +81,14 @@ class TokenStream:
     text_BSD: Tensor
     text_mask_BS: Tensor | None = None
     attention_mask_BTT: Tensor | None = None
+    keyframes_mask_BT: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class StreamConditioning:
     """What one stream's blocks are given that does not change from step to step.
 
-    `text_BSD` is projected to the stream's width. The biases are additive, broadcast to (B, heads, queries, keys), and
+    `text_BSD` has the stream's width. The biases are additive, broadcast to (B, heads, queries, keys), and
     None where everything is seen. The rotary table of the exchange knows time only, which the streams have in common.
     """
 
@@ -103,24 +107,35 @@ class Conditioning:
     audio: StreamConditioning | None
 
 
+SkipStrategy = Literal["values", "attention", "residual", "block"]
+"""What a perturbed sample has in place of self-attention.
+
+"values": its value projection; "attention": its input; both still go through the output projection and the gate.
+"block": nothing, and nothing in place of the whole block either. "residual": attention as ever, because LTX-Video 0.1.2
+takes away a residual connection inside attention that its blocks do not have.
+"""
+
+
 @dataclass(frozen=True)
 class Perturbation:
     """What one sample of the batch goes without, to be compared with the sample that has it.
 
-    In the blocks named (counted from 0), self-attention passes its value projection through. An isolated sample's
-    streams take nothing from each other in any block.
+    In the blocks named (counted from 0), self-attention is replaced as the strategy says. An isolated sample's streams
+    take nothing from each other in any block. Strategies other than "values" are LTX-Video's: models with audio have
+    none of them.
     """
 
     video_self_attention: frozenset[int] = frozenset()
     audio_self_attention: frozenset[int] = frozenset()
     isolate_streams: bool = False
+    strategy: SkipStrategy = "values"
 
 
-def text_bias(mask_BS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """0 where text is kept and the most negative number where it is dropped, (B, 1, 1, S)."""
+def text_bias(mask_BS: Tensor | None, dtype: torch.dtype, hidden: float | None = None) -> Tensor | None:
+    """0 where text is kept and `hidden` where it is dropped (None: the most negative number), (B, 1, 1, S)."""
     if mask_BS is None:
         return None
-    dropped = torch.finfo(dtype).min
+    dropped = torch.finfo(dtype).min if hidden is None else hidden
     return torch.zeros_like(mask_BS, dtype=dtype).masked_fill(mask_BS == 0, dropped)[:, None, None, :]
 
 

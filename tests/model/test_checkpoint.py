@@ -16,15 +16,15 @@ from pipeline.errors import CheckpointMismatch, UsageError
 from pipeline.model.checkpoint import (
     DENOISER_PREFIX,
     CheckpointFile,
-    TensorSpec,
     build_on_meta,
     denoiser_names,
     denoiser_tensors,
-    differences,
     fill_module,
     load_denoiser,
+    tensors_to_place,
 )
 from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.fitting import TensorSpec, differences
 from pipeline.model.hparams import DenoiserHparams
 
 Rewrite = Callable[[Callable[[dict[str, Tensor]], object]], Path]
@@ -56,7 +56,7 @@ def load(path: Path) -> AudioVideoDenoiser:
 def test_every_tensor_arrives_at_its_place_as_stored(published: Path) -> None:
     denoiser = load(published)
     stored = load_file(published)
-    names = denoiser_names(denoiser, stored)
+    names = denoiser_names(denoiser.state_dict(), stored)
     state = denoiser.state_dict()
     assert len(names) == len(state) == len(stored)
     assert all(torch.equal(state[place], stored[name]) for name, place in names.items())
@@ -181,18 +181,38 @@ def test_checkpoint_without_a_denoiser_section_is_refused(tmp_path: Path) -> Non
         load(path)
 
 
-def test_real_19b_checkpoint_fits_name_by_name_and_shape_by_shape(fixtures: Path) -> None:
-    inventory = json.loads((fixtures / "inventory" / "ltx-2-19b-dev.json").read_text())
-    hparams = DenoiserHparams.from_config(inventory["metadata"]["config"]["transformer"])
-    denoiser = build_on_meta(hparams, reference_ops())
-    specs = {name: TensorSpec(tuple(shape), torch.bfloat16) for name, (shape, _) in inventory["tensors"].items()}
-    owned = denoiser_tensors(specs)
-    shapes = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    assert differences(shapes, specs, denoiser_names(denoiser, owned)) == []
-    assert len(owned) == len(shapes) == 3510
-    transformer = [name for name in specs if name.startswith("model.diffusion_model.")]
-    assert len(transformer) - len(owned) == 58  # the text connectors
-    assert sum(tensor.numel() for tensor in denoiser.state_dict().values()) == 18_876_174_592
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tensors", "num_parameters", "num_others"),
+    [
+        # Others under the denoiser's prefix: the text connectors.
+        ("ltx-2-19b-dev", 3510, 18_876_174_592, 58),
+        ("ltx-2-19b-dev-fp8", 3510, 18_876_174_592, 58),
+        ("ltx-2.3-22b-dev", 4186, 18_988_838_144, 258),
+        ("ltx-2.3-22b-dev-fp8", 4186, 18_988_838_144, 258),
+        ("ltxv-13b-0.9.8-dev", 1215, 13_042_569_344, 0),
+        ("ltxv-2b-0.9.8-distilled", 715, 1_923_385_472, 0),
+    ],
+)
+def test_published_checkpoint_fits_name_by_name_and_shape_by_shape(
+    name: str, num_tensors: int, num_parameters: int, num_others: int, fixtures: Path
+) -> None:
+    inventory = json.loads((fixtures / "inventory" / f"{name}.json").read_text())
+    denoiser = build_on_meta(
+        DenoiserHparams.from_config(inventory["metadata"]["config"]["transformer"]), reference_ops()
+    )
+    specs = {key: TensorSpec(tuple(shape), DTYPES[kind]) for key, (shape, kind) in inventory["tensors"].items()}
+    specs = {key: spec for key, spec in specs.items() if key.startswith(DENOISER_PREFIX)}
+    placed, places = tensors_to_place(specs), denoiser.state_dict()
+    assert differences(places, specs, denoiser_names(places, placed)) == []
+    assert len(placed) == len(places) == num_tensors
+    assert len(specs) - len(denoiser_tensors(specs)) == num_others
+    assert sum(tensor.numel() for tensor in places.values()) == num_parameters
+    quantised = sum(spec.dtype == torch.float8_e4m3fn for spec in specs.values())
+    assert len(denoiser_tensors(specs)) - len(placed) == 2 * quantised
+    assert (quantised > 0) == name.endswith("fp8")
 
 
 class Part(nn.Module):

@@ -30,11 +30,17 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
 
     plain = reference_ops()
     ops = OpSet(**{field.name: counted(field.name, getattr(plain, field.name)) for field in fields(OpSet)})
-    denoiser = load_denoiser(CheckpointFile(fixtures / "dit_ltx2_0" / "model.safetensors"), ops, "cpu")
-    case = golden("dit_ltx2_0/case_t2v")
-    denoiser(case.video, case.audio)
-    num_layers = denoiser.hparams.num_layers
-    assert calls == {
+
+    def calls_of(folder: str, **precision: object) -> Counter[str]:
+        calls.clear()
+        checkpoint = CheckpointFile(fixtures / folder / "model.safetensors")
+        denoiser = load_denoiser(checkpoint, ops, "cpu", torch.float32, **precision)
+        case = golden(f"{folder}/case_t2v")
+        denoiser(case.video, case.audio)
+        return Counter(calls)
+
+    num_layers = 2
+    assert calls_of("dit_ltx2_0") == {
         "attention": 6 * num_layers,
         "qk_norm_rope": 12 * num_layers,
         "rms_norm": 2 * num_layers,
@@ -43,6 +49,26 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
         "gelu_tanh": 2 * num_layers + 2,
         "modulated_layer_norm": 2,
     }
+    assert calls_of("dit_ltx2_3") == {
+        "attention": 6 * num_layers,
+        "qk_norm_rope": 12 * num_layers,
+        "gate_heads": 6 * num_layers,
+        "modulated_rms_norm": 10 * num_layers,
+        "gated_residual": 8 * num_layers,
+        "gelu_tanh": 2 * num_layers,
+        "modulated_layer_norm": 2,
+    }
+    assert calls_of("dit_ltxv_0_9_8_2b") == {
+        "attention": 2 * num_layers,
+        "qk_norm_rope_interleaved": 4 * num_layers,
+        "modulated_rms_norm": 2 * num_layers,
+        "gated_residual": 2 * num_layers,
+        "gelu_tanh": num_layers + 1,
+        "modulated_layer_norm": 1,
+    }
+    # Six attentions of four layers and two feed-forwards of two; in the second block only.
+    in_float8 = calls_of("dit_ltx2_0", fp8_blocks={1})
+    assert in_float8["quantise_rows"] == in_float8["fp8_linear"] == 6 * 4 + 2 * 2
 
 
 def test_replacing_attend_is_enough_to_change_how_attention_runs(fixtures: Path, golden: Golden) -> None:
