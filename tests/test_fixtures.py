@@ -25,10 +25,6 @@ TO_DO = {
     "e2e_ltx2_3",
     "e2e_ltxv_0_9_8",
     "lora",
-    "text_connectors_ltx2_3",
-    "vae_ltx2_3",
-    "vae_ltxv_0_9_8",
-    "vocoder_ltx2_3",
 }
 
 

@@ -222,7 +222,12 @@ def unsupported_overrides(
 
 
 def resolve(
-    recipe: RecipeConfig, *, num_steps: int | None, cfg_scale: float | None, stg_scale: float | None
+    recipe: RecipeConfig,
+    *,
+    num_steps: int | None,
+    cfg_scale: float | None,
+    stg_scale: float | None,
+    negative_prompt: str | None = None,
 ) -> RecipeConfig:
     """The recipe with a row's overrides, of which `unsupported_overrides` has found no problem.
 
@@ -240,7 +245,8 @@ def resolve(
             schedule = replace(schedule, num_steps=num_steps)
         return replace(stage, schedule=schedule, guidance=[scaled(entry) for entry in stage.guidance])
 
-    return replace(recipe, stages=[overridden(stage) for stage in recipe.stages])
+    negative = recipe.negative_prompt if negative_prompt is None else negative_prompt
+    return replace(recipe, stages=[overridden(stage) for stage in recipe.stages], negative_prompt=negative)
 
 
 def _falls(levels: list[float]) -> bool:

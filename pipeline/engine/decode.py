@@ -1,10 +1,10 @@
 """Latents to what a file needs: chunks of uint8 frames, cropped to the asked size, and a float32 waveform.
 
-The networks are in `components.py`; encoding to a file is `pipeline/media`.
+The networks are in `components/`; encoding to a file is `pipeline/media`.
 
-The picture is decoded whole: the published decoder looks ahead in time through every layer (20 latent frames in all),
-so chunks that give the same pixels would each decode nearly everything. What comes out is an iterator all the
-same, so that only the decoded clip, not its uint8 copy and the encoder's planes, is in memory at once.
+Unless it is tiled, the picture is decoded whole: the published decoder looks ahead in time through every layer (20
+latent frames in all), so chunks that give the same pixels would each decode nearly everything. What comes out is an
+iterator all the same, so that only the decoded clip, not its uint8 copy and the encoder's planes, is in memory at once.
 
 Shapes: B batch, C channels, F frames, H height, W width, T time, M mel bins, N samples.
 """
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.engine.components import AudioDecoder, VideoDecoder, Vocoder
+from pipeline.engine.components.audio_vae import AudioDecoder
+from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder
+from pipeline.engine.components.vocoder import Vocoder
+from pipeline.engine.tiling import Tiles
 from pipeline.errors import EngineFault
 from pipeline.geometry import PixelShape, RenderShape
 
@@ -26,15 +29,22 @@ CHUNK_FRAMES = 16
 
 
 def decode_frames(
-    decoder: VideoDecoder, latent_BCFHW: Tensor, shape: RenderShape, *, resize: bool = False
+    decoder: VideoDecoder,
+    latent_BCFHW: Tensor,
+    shape: RenderShape,
+    *,
+    tiles: Tiles | None = None,
+    noise: DecodeNoise | None = None,
+    resize: bool = False,
 ) -> Iterator[np.ndarray]:
     """Chunks (F,H,W,3) of uint8 frames in order, of the asked size. Nothing is decoded before the first is taken.
 
-    `resize` brings pictures of another size to the rendered one. EngineFault if the decoder gives another number of
-    frames, or another size without it.
+    `tiles` bound the network's memory, `noise` is for decoders that take it (`VideoDecoder.decode`), `resize` brings
+    pictures of another size to the rendered one. EngineFault if the decoder gives another number of frames, or without
+    `resize` another size.
     """
     with torch.inference_mode():
-        video_CFHW = decoder.decode(latent_BCFHW)[0]
+        video_CFHW = decoder.decode(latent_BCFHW, tiles=tiles, noise=noise)[0]
         if resize:
             video_CFHW = _resized(video_CFHW, shape.rendered)
     expected = (3, shape.rendered.num_frames, shape.rendered.height, shape.rendered.width)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from pipeline.config.guidance import ISOLATED, NEGATIVE, PERTURBED, GuidanceConfig
 from pipeline.config.recipe import StageConfig
-from pipeline.engine.components import TextContext
+from pipeline.engine.components.text import TextContext
 from pipeline.engine.conditions import Hold
 from pipeline.engine.guidance import guided
 from pipeline.engine.latents import NoiseSource, Tokens, audio_positions, video_positions
@@ -25,7 +26,7 @@ from pipeline.engine.sigmas import noise_steps
 from pipeline.errors import EngineFault
 from pipeline.geometry import LatentShape
 from pipeline.model.denoiser import AudioVideoDenoiser
-from pipeline.model.streams import Conditioning, DistinctTimesteps, Perturbation, TokenStream
+from pipeline.model.streams import Conditioning, DistinctTimesteps, Perturbation, SkipStrategy, TokenStream
 
 # LTX-Video compares noise levels with this slack.
 LEVEL_SLACK = 1e-6
@@ -192,7 +193,7 @@ class Predictor:
     def _perturbation(self, name: str, guidance: GuidanceConfig) -> Perturbation:
         if name == PERTURBED:
             blocks = frozenset(guidance.stg_blocks)
-            return Perturbation(blocks, blocks)
+            return Perturbation(blocks, blocks, strategy=cast(SkipStrategy, self._stage.stg_strategy))
         return Perturbation(isolate_streams=name == ISOLATED)
 
     @property

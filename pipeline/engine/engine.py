@@ -6,16 +6,21 @@ parts in `loading.py`; where the frames go and what a clip costs is known above.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.recipe import RecipeConfig
-from pipeline.engine import components
+from pipeline.config.recipe import DecodeConfig, RecipeConfig, StageConfig
+from pipeline.engine.components.audio_vae import AudioDecoder
+from pipeline.engine.components.upsampler import LatentUpsampler, adapt_statistics, compress_range
+from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, VideoEncoder
+from pipeline.engine.components.vocoder import Vocoder
+from pipeline.engine.conditions import HeldPicture, append_tokens, drop_appended, hold_to, num_appended_tokens
 from pipeline.engine.decode import decode_frames, decode_waveform
 from pipeline.engine.denoise import Scene, Texts, denoise
 from pipeline.engine.latents import (
@@ -32,7 +37,8 @@ from pipeline.engine.samplers import sampler_named
 from pipeline.engine.sigmas import noise_levels
 from pipeline.engine.text import TextConditioner
 from pipeline.errors import OutOfMemory, UsageError
-from pipeline.geometry import LatentShape, PixelShape, RenderShape, latent_shape
+from pipeline.geometry import SPATIAL_CELL_PX, LatentShape, PixelShape, RenderShape, latent_shape
+from pipeline.model.adapters import FusedAdapters
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.records.request import RenderRequest
 from pipeline.telemetry import OnStage
@@ -51,11 +57,33 @@ class Streams:
 
 
 @dataclass(frozen=True)
+class Brief:
+    """What is asked of all stages: text, the size in pixels, adapters in all of them, pictures to hold to."""
+
+    texts: Texts
+    rendered: PixelShape
+    adapters: tuple[tuple[str | Path, float], ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
 class Latents:
     """Both streams after the last stage, normalised: (B,C,F,H,W) and (B,C,T,mel bins), or None without sound."""
 
     video_BCFHW: Tensor
     audio_BCTM: Tensor | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that the clip is held to at pixel frame `frame`: firmly (1), or less.
+
+    `at_size` gives its pixels (1,3,1,H,W) in [-1,1] for a height and width, because every stage has its own.
+    """
+
+    at_size: Callable[[int, int], Tensor]
+    frame: int = 0
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,55 +92,86 @@ class RenderEngine:
 
     text: TextConditioner
     denoiser: AudioVideoDenoiser
-    upsampler: components.LatentUpsampler | None
-    video_decoder: components.VideoDecoder
+    # What is fused into the denoiser, and the files of the model's adapters by their names in recipes.
+    fused: FusedAdapters
+    adapter_files: Mapping[str, str]
+    upsampler: LatentUpsampler | None
+    video_encoder: VideoEncoder
+    video_decoder: VideoDecoder
     # None for a model without sound.
-    audio_decoder: components.AudioDecoder | None
-    vocoder: components.Vocoder | None
+    audio_decoder: AudioDecoder | None
+    vocoder: Vocoder | None
     device: str
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
 
-    def render(self, request: RenderRequest, recipe: RecipeConfig, on_stage: OnStage) -> Streams:
+    def render(
+        self,
+        request: RenderRequest,
+        recipe: RecipeConfig,
+        on_stage: OnStage,
+        adapters: Sequence[tuple[str | Path, float]] = (),
+        pictures: Sequence[Picture] = (),
+    ) -> Streams:
         """One clip. `on_stage` is called as each stage begins; "decode" lasts until the frames are exhausted.
 
-        UsageError if the recipe asks for what this engine lacks; EngineFault if a result is not finite; OutOfMemory
-        if the clip does not fit the device, also while the frames are iterated.
+        `adapters` (file, strength) count in all stages. UsageError if the recipe asks for what this engine lacks;
+        EngineFault if a result is not finite; OutOfMemory if the clip does not fit the device, also while the frames
+        are iterated.
         """
         self._require_can_follow(recipe)
         shape, noise = request.shape, self.noise_for(request.seed)
-        with _memory_reported(shape):
+        with _memory_reported(shape), torch.inference_mode():
             on_stage("text_encode")
-            with torch.inference_mode():
-                texts = self._texts(request.prompt, recipe)
-            latents = self.sample(texts, shape.rendered, recipe, noise, on_stage)
+            texts = self._texts(request.prompt, recipe)
+            brief = Brief(texts, shape.rendered, tuple(adapters), tuple(pictures))
+            latents = self.sample(brief, recipe, noise, on_stage)
 
             on_stage("decode")
             waveform = None
             if self.audio_decoder is not None and self.vocoder is not None and latents.audio_BCTM is not None:
                 waveform = decode_waveform(self.audio_decoder, self.vocoder, latents.audio_BCTM)
+            latent_BCFHW = self._decodable(latents.video_BCFHW, recipe.decode, noise)
         rate = None if self.vocoder is None else self.vocoder.sample_rate_hz
-        return Streams(self._frames(latents.video_BCFHW, shape, recipe), waveform, rate)
+        return Streams(self._frames(latent_BCFHW, shape, recipe), waveform, rate)
 
     @torch.inference_mode()
-    def sample(
-        self, texts: Texts, rendered: PixelShape, recipe: RecipeConfig, noise: NoiseSource, on_stage: OnStage
-    ) -> Latents:
+    def sample(self, brief: Brief, recipe: RecipeConfig, noise: NoiseSource, on_stage: OnStage) -> Latents:
         """All stages of the recipe: both streams go through each of them, each from where the one before ended."""
+        rendered = brief.rendered
         shapes = [_latent_shape(rendered, *size) for size in recipe.stage_sizes(rendered.height, rendered.width)]
         tokens, before, sounds = self._empty(shapes[0]), shapes[0], []
         for stage, shape in zip(recipe.stages, shapes, strict=True):
             if stage.upsample != 1:
                 on_stage("upsample")
-                tokens = replace(tokens, video_BTC=self._upsampled(tokens.video_BTC, before))
+                tokens = replace(tokens, video_BTC=self._upsampled(tokens.video_BTC, before, stage.adain))
 
             on_stage("denoise")
-            sigma = noise_levels(stage.levels(shape.num_video_tokens))[0]
-            tokens = denoise(self.denoiser, add_noise(tokens, noise, sigma), Scene(shape, texts), stage, noise)
-            before = shape
+            named = [(self.adapter_files[stage.adapter], 1.0)] if stage.adapter else []
+            self.fused.use([*brief.adapters, *named])
+            tokens, before = self._denoised(tokens, shape, stage, brief, noise), shape
             sounds.append(tokens.audio_BTC)
         sound_BTC = sounds[recipe.sound_from_stage - 1]
         return Latents(unpatchify_video(tokens.video_BTC, before), self._unpatchified(sound_BTC))
+
+    def _denoised(
+        self, tokens: Tokens, shape: LatentShape, stage: StageConfig, brief: Brief, noise: NoiseSource
+    ) -> Tokens:
+        """One stage: noise, then pictures, then steps, in the order in which the reference draws its noise."""
+        frames = [picture.frame for picture in brief.pictures]
+        sigma = noise_levels(stage.levels(shape.num_video_tokens))[0]
+        start = add_noise(append_tokens(tokens, num_appended_tokens(frames, shape)), noise, sigma)
+        held = [self._held(picture, shape, stage, noise) for picture in brief.pictures]
+        hold = hold_to(held, start, shape)
+        if hold is not None:
+            start = replace(start, video_BTC=hold.blend(start.video_BTC))
+        return drop_appended(denoise(self.denoiser, start, Scene(shape, brief.texts, hold), stage, noise), shape)
+
+    def _held(self, picture: Picture, shape: LatentShape, stage: StageConfig, noise: NoiseSource) -> HeldPicture:
+        pixels_B31HW = picture.at_size(shape.height * SPATIAL_CELL_PX, shape.width * SPATIAL_CELL_PX).to(self.device)
+        # LTX-Video takes a draw from what the encoder thinks possible, LTX-2 the likeliest.
+        draw = (lambda size: noise(tuple(size))) if stage.family == "ltx_video" else None
+        return HeldPicture(self.video_encoder.encode(pixels_B31HW, noise=draw), picture.frame, picture.strength)
 
     def _texts(self, prompt: str, recipe: RecipeConfig) -> Texts:
         negative = self.text.encode(recipe.negative_prompt) if recipe.has_guidance else None
@@ -123,27 +182,50 @@ class RenderEngine:
         audio_channels = None if audio is None else audio.in_channels
         return empty_tokens(shape, video_channels=video.in_channels, audio_channels=audio_channels, device=self.device)
 
-    def _upsampled(self, video_BTC: Tensor, shape: LatentShape) -> Tensor:
+    def _upsampled(self, video_BTC: Tensor, shape: LatentShape, adain: float) -> Tensor:
         assert self.upsampler is not None, "asked for before the first stage"
-        return patchify_video(self.upsampler.upsample(unpatchify_video(video_BTC, shape)))
+        latent_BCFHW = unpatchify_video(video_BTC, shape)
+        upsampled_BCFHW = self.upsampler.upsample(latent_BCFHW)
+        if adain:
+            upsampled_BCFHW = adapt_statistics(upsampled_BCFHW, latent_BCFHW, factor=adain)
+        return patchify_video(upsampled_BCFHW)
 
     def _unpatchified(self, audio_BTC: Tensor | None) -> Tensor | None:
         if audio_BTC is None or self.audio_decoder is None:
             return None
         return unpatchify_audio(audio_BTC, self.audio_decoder.num_latent_bins)
 
+    def _decodable(self, latent_BCFHW: Tensor, decode: DecodeConfig, noise: NoiseSource) -> Tensor:
+        """The latents as the recipe wants them decoded. Noise comes before the tone mapping, as in LTX-Video."""
+        if self.video_decoder.takes_noise:
+            drawn_BCFHW = noise(tuple(latent_BCFHW.shape)).to(latent_BCFHW.device)
+            latent_BCFHW = torch.lerp(latent_BCFHW, drawn_BCFHW, decode.noise_scale)
+        return compress_range(latent_BCFHW, compression=decode.tone_map) if decode.tone_map else latent_BCFHW
+
     def _frames(self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig) -> Iterator[np.ndarray]:
+        noise = DecodeNoise(recipe.decode.timestep) if self.video_decoder.takes_noise else None
         with _memory_reported(shape):
-            yield from decode_frames(self.video_decoder, latent_BCFHW, shape, resize=recipe.resize)
+            yield from decode_frames(self.video_decoder, latent_BCFHW, shape, noise=noise, resize=recipe.resize)
 
     def _require_can_follow(self, recipe: RecipeConfig) -> None:
-        num_blocks = self.denoiser.hparams.num_layers
+        hparams = self.denoiser.hparams
+        # LTX-Video's positions are where a token starts, LTX-2's the middle of its extent.
+        family, last = "ltx_video" if hparams.rotary.at_start else "ltx2", hparams.num_layers - 1
         for stage in recipe.stages:
             sampler_named(stage.sampler)
+            if stage.family != family:
+                raise UsageError(
+                    f"recipe {recipe.name} is for models of family {stage.family}, this one is {family}; use another"
+                )
+            if stage.adapter and stage.adapter not in self.adapter_files:
+                raise UsageError(
+                    f"recipe {recipe.name} needs model.adapters.{stage.adapter}, got {sorted(self.adapter_files)}; "
+                    "name its file in the model's YAML or use another recipe"
+                )
             for guidance in stage.guidance:
-                if any(block >= num_blocks for block in guidance.stg_blocks):
+                if any(block > last for block in guidance.stg_blocks):
                     raise UsageError(
-                        f"recipe.stages.guidance.stg_blocks must be blocks of the model, 0 to {num_blocks - 1}, got "
+                        f"recipe.stages.guidance.stg_blocks must be blocks of the model, 0 to {last}, got "
                         f"{guidance.stg_blocks}; correct recipe {recipe.name} or model.tuning.stg_blocks"
                     )
         if any(stage.upsample != 1 for stage in recipe.stages) and self.upsampler is None:

@@ -1,7 +1,7 @@
 """Latents and tokens: noise, packing, positions, normalising, noising again. Pure tensor functions.
 
 The denoiser sees tokens, the decoders and the upsampler see latents; both layouts and the way between them live
-here. Which noise level comes when is the recipe's; the networks are in `components.py`.
+here. Which noise level comes when is the recipe's; the networks are in `components/`.
 
 Shapes: B batch, C channels, F latent frames, H latent height, W latent width, T tokens, M latent mel bins.
 """

@@ -14,10 +14,17 @@ import torch
 
 from kernels.ops import OpSet
 from pipeline.config.model import ModelConfig, PrecisionConfig
-from pipeline.engine import components
+from pipeline.engine.components.audio_vae import load_audio_decoder
+from pipeline.engine.components.connectors import load_text_connectors
+from pipeline.engine.components.parts import tensors_of_parts
+from pipeline.engine.components.text_encoder import load_text_encoder
+from pipeline.engine.components.upsampler import load_latent_upsampler
+from pipeline.engine.components.video_vae import load_video_decoder, load_video_encoder
+from pipeline.engine.components.vocoder import load_vocoder
 from pipeline.engine.engine import RenderEngine
 from pipeline.engine.text import TextConditioner
 from pipeline.errors import CheckpointMismatch, UsageError
+from pipeline.model.adapters import FusedAdapters
 from pipeline.model.checkpoint import CheckpointFile, denoiser_tensors, load_denoiser, read_hparams
 
 log = logging.getLogger("pipeline.engine")
@@ -27,9 +34,9 @@ _DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
-# Encoders are not loaded yet; published files may also carry statistics that no released code reads.
+# The audio encoder is not loaded yet; published files may also carry statistics that no released code reads.
 _KNOWN_AND_UNUSED = re.compile(
-    r"(vae|audio_vae)\.encoder\..+"
+    r"audio_vae\.encoder\..+"
     r"|vae\.per_channel_statistics\.(channel|mean-of-stds|mean-of-stds_over_std-of-means)"
 )
 
@@ -50,22 +57,27 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
     _require_all_tensors_known(checkpoint)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 
-    encoder = components.load_text_encoder(
+    encoder = load_text_encoder(
         folder / model.text_encoder, max_tokens=model.size.text_tokens, device=device, dtype=dtype
     )
     text_loaded = time.monotonic()
-    connectors = components.load_text_connectors(checkpoint, device=device, dtype=dtype)
-    video_decoder = components.load_video_decoder(checkpoint, device=device, dtype=dtype)
+    connectors = load_text_connectors(checkpoint, device=device, dtype=dtype)
+    video_decoder = load_video_decoder(checkpoint, device=device, dtype=dtype)
     upsampler = None
     if upscaler is not None:
-        upsampler = components.load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
+        upsampler = load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
+    denoiser = load_denoiser(checkpoint, ops, device, dtype)
+    has_audio = denoiser.hparams.audio is not None
     engine = RenderEngine(
         text=TextConditioner(encoder, connectors),
-        denoiser=load_denoiser(checkpoint, ops, device, dtype),
+        denoiser=denoiser,
+        fused=FusedAdapters(denoiser, checkpoint, dtype),
+        adapter_files={name: str(folder / file) for name, file in model.adapters.items()},
         upsampler=upsampler,
+        video_encoder=load_video_encoder(checkpoint, device=device, dtype=dtype),
         video_decoder=video_decoder,
-        audio_decoder=components.load_audio_decoder(checkpoint, device=device, dtype=dtype),
-        vocoder=components.load_vocoder(checkpoint, device=device),
+        audio_decoder=load_audio_decoder(checkpoint, device=device, dtype=dtype) if has_audio else None,
+        vocoder=load_vocoder(checkpoint, device=device) if has_audio else None,
         device=device,
     )
     seconds = {"text_encoder_s": text_loaded - started, "load_s": time.monotonic() - started}
@@ -75,12 +87,10 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
 
 def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
     hparams = read_hparams(checkpoint)
-    if hparams.audio is None:
-        raise UsageError(f"{checkpoint.path} holds no audio stream; use an LTX-2 audio-video checkpoint")
     stored = {
         "num_layers": hparams.num_layers,
         "video_width": hparams.video.width,
-        "audio_width": hparams.audio.width,
+        "audio_width": 0 if hparams.audio is None else hparams.audio.width,
     }
     wrong = [
         f"model.size.{name} must be {value}, got {getattr(model.size, name)}"
@@ -94,7 +104,7 @@ def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
 def _require_all_tensors_known(checkpoint: CheckpointFile) -> None:
     """The denoiser accounts for its own tensors and every part for its missing ones; this finds what nobody owns."""
     names = checkpoint.tensor_specs()
-    known = set(denoiser_tensors(names)) | components.tensors_of_parts(checkpoint.config)
+    known = set(denoiser_tensors(names)) | tensors_of_parts(checkpoint.config)
     unknown = sorted(name for name in names if name not in known and not _KNOWN_AND_UNUSED.fullmatch(name))
     if unknown:
         shown = ", ".join(unknown[:5]) + (" ..." if len(unknown) > 5 else "")

@@ -22,7 +22,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from kernels.ops import reference_ops
-from pipeline.engine import components
+from pipeline.engine.components.blueprint import Blueprint
+from pipeline.engine.components.parts import part_blueprints
+from pipeline.engine.components.upsampler import latent_upsampler_blueprint
 from pipeline.model.checkpoint import build_on_meta, name_on_disk
 from pipeline.model.hparams import DenoiserHparams
 
@@ -107,9 +109,6 @@ TEXT_ENCODER_CONFIG: dict[str, Any] = json.loads("""
 }
 """)
 NUM_TEXT_STATES = TEXT_ENCODER_CONFIG["text_config"]["num_hidden_layers"] + 1
-LATENT_CHANNELS: int = CONFIG["vae"]["latent_channels"]
-AUDIO_SIZES: dict[str, Any] = CONFIG["audio_vae"]["model"]["params"]["ddconfig"]
-AUDIO_CHANNELS: int = CONFIG["transformer"]["audio_in_channels"]
 
 SPECIAL_TOKENS = (
     *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"),
@@ -140,7 +139,7 @@ def build_nano(folder: Path) -> None:
     try:
         metadata = {"config": json.dumps(CONFIG), "model_version": "2.0.0"}
         _write_safetensors(staging / CHECKPOINT, _drawn(_checkpoint_shapes(), seed=SEED), metadata)
-        upscaler = _drawn(_shapes(components.latent_upsampler_blueprint(UPSCALER_CONFIG)), seed=SEED + 1)
+        upscaler = _drawn(_shapes(latent_upsampler_blueprint(UPSCALER_CONFIG)), seed=SEED + 1)
         _write_safetensors(staging / SPATIAL_UPSCALER, upscaler, {"config": json.dumps(UPSCALER_CONFIG)})
         _write_text_encoder(staging / TEXT_ENCODER)
         for name in (CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER):
@@ -153,47 +152,16 @@ def build_nano(folder: Path) -> None:
 
 def _checkpoint_shapes() -> dict[str, tuple[int, ...]]:
     """Every tensor of the single file by its published name."""
-    transformer, audio_vae = CONFIG["transformer"], CONFIG["audio_vae"]
-    denoiser = build_on_meta(DenoiserHparams.from_config(transformer), reference_ops())
+    denoiser = build_on_meta(DenoiserHparams.from_config(CONFIG["transformer"]), reference_ops())
     shapes = {name_on_disk(name): tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    for plan in (
-        components.text_connectors_blueprint(transformer, num_text_states=NUM_TEXT_STATES),
-        components.video_decoder_blueprint(CONFIG["vae"]),
-        components.statistics_blueprint("vae", num_channels=LATENT_CHANNELS),
-        components.audio_decoder_blueprint(audio_vae),
-        components.statistics_blueprint("audio_vae", num_channels=AUDIO_CHANNELS),
-        components.vocoder_blueprint(CONFIG["vocoder"], mel_bins=AUDIO_SIZES["mel_bins"]),
-    ):
+    for plan in part_blueprints(CONFIG, num_text_states=NUM_TEXT_STATES):
         shapes |= _shapes(plan)
-    return shapes | _video_encoder_shapes() | _audio_encoder_shapes()
+    return shapes
 
 
-def _shapes(plan: components.Blueprint) -> dict[str, tuple[int, ...]]:
+def _shapes(plan: Blueprint) -> dict[str, tuple[int, ...]]:
     tensors = plan.module.state_dict()
     return {on_disk: tuple(tensors[name].shape) for on_disk, name in plan.names.items()}
-
-
-def _video_encoder_shapes() -> dict[str, tuple[int, ...]]:
-    # Part of the file though nothing here encodes yet: readers of published files expect it.
-    width = CONFIG["vae"]["encoder_base_channels"]
-    strides = {"compress_space_res": 4, "compress_time_res": 2, "compress_all_res": 8}
-    convs = {"conv_in": (width, 3 * 4 * 4), "conv_out": (LATENT_CHANNELS + 1, width)}
-    for index, (kind, _) in enumerate(CONFIG["vae"]["encoder_blocks"]):
-        if kind == "res_x":
-            convs |= {f"down_blocks.{index}.res_blocks.0.conv{n}": (width, width) for n in (1, 2)}
-        else:
-            convs[f"down_blocks.{index}.conv"] = (width // strides[kind], width)
-    return _with_biases({f"vae.encoder.{name}.conv": (*shape, 3, 3, 3) for name, shape in convs.items()})
-
-
-def _audio_encoder_shapes() -> dict[str, tuple[int, ...]]:
-    width, levels = AUDIO_SIZES["ch"], range(len(AUDIO_SIZES["ch_mult"]))
-    blocks = [f"down.{level}.block.0" for level in levels] + ["mid.block_1", "mid.block_2"]
-    convs = {f"{block}.conv{n}.conv": (width, width) for block in blocks for n in (1, 2)}
-    convs |= {f"down.{level}.downsample.conv": (width, width) for level in levels[:-1]}
-    convs |= {"conv_in.conv": (width, AUDIO_SIZES["in_channels"])}
-    convs |= {"conv_out.conv": (2 * AUDIO_SIZES["z_channels"], width)}
-    return _with_biases({f"audio_vae.encoder.{name}": (*shape, 3, 3) for name, shape in convs.items()})
 
 
 def _with_biases(weights: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

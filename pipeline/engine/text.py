@@ -1,13 +1,15 @@
 """Prompts to what the denoiser attends to, with a small cache: a batch often asks for the same words again.
 
-The networks are in `components.py`; when text is encoded is the engine's matter.
+The networks are in `components/`; when text is encoded is the engine's matter.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from pipeline.engine.components import TextConnectors, TextContext, TextEncoder
+from pipeline.engine.components.connectors import TextConnectors
+from pipeline.engine.components.text import TextContext
+from pipeline.engine.components.text_encoder import TextEncoder
 
 # A published context pair is 15 MB in bfloat16, so eight prompts cost a tenth of a gigabyte.
 NUM_CACHED_PROMPTS = 8

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import StageConfig
-from pipeline.engine.components import TextContext
+from pipeline.engine.components.text import TextContext
 from pipeline.engine.conditions import HeldPicture, hold_to
 from pipeline.engine.denoise import Predictor, Scene, Texts, denoise, denoising
 from pipeline.engine.latents import Tokens, seeded_noise

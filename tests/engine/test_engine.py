@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import RecipeConfig, StageConfig
+from pipeline.engine.components.upsampler import compress_range
 from pipeline.engine.decode import CHUNK_FRAMES
 from pipeline.errors import CheckpointMismatch, EngineFault, OutOfMemory, UsageError
 from pipeline.model.checkpoint import CheckpointFile
@@ -80,9 +81,10 @@ def test_stages_are_reported_as_they_begin(engine, recipe, request_for):
 
 def test_nothing_is_decoded_before_the_first_chunk_is_taken(engine, recipe, request_for):
     class Watched:
+        takes_noise = False
         calls = 0
 
-        def decode(self, latent):
+        def decode(self, latent, **_):
             Watched.calls += 1
             return engine.video_decoder.decode(latent)
 
@@ -150,6 +152,71 @@ def test_negative_prompt_is_encoded_only_where_it_makes_a_difference(engine, req
         assert asked == expected
 
 
+class _Fusions:
+    """Notes which adapters are asked for, stage by stage."""
+
+    def __init__(self):
+        self.asked = []
+
+    def use(self, adapters):
+        self.asked.append(list(adapters))
+
+
+def test_each_stage_has_the_clips_adapters_and_its_own(engine, recipe, request_for):
+    fused = _Fusions()
+    recipe.stages[1].adapter = "distilled"
+    other = dataclasses.replace(engine, fused=fused, adapter_files={"distilled": "d.safetensors"})
+    other.render(request_for(), recipe, _ignore, adapters=[("camera.safetensors", 0.8)])
+    camera = ("camera.safetensors", 0.8)
+    assert fused.asked == [[camera], [camera, ("d.safetensors", 1.0)]]
+
+
+def test_a_fused_adapter_changes_the_clip_and_the_next_one_is_rendered_without_it(
+    engine, recipe, request_for, tmp_path
+):
+    name = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    factors = {"A": torch.full((2, 64), 0.3), "B": torch.full((64, 2), 0.3)}
+    path = tmp_path / "adapter.safetensors"
+    save_file({f"{name}.lora_{factor}.weight": tensor for factor, tensor in factors.items()}, path)
+    plain, _ = _render(engine, recipe, request_for())
+    recipe.stages[1].adapter = "distilled"
+    adapted, _ = _render(dataclasses.replace(engine, adapter_files={"distilled": str(path)}), recipe, request_for())
+    recipe.stages[1].adapter = ""
+    again, _ = _render(engine, recipe, request_for())
+    assert not np.array_equal(plain, adapted)
+    assert np.array_equal(plain, again)
+
+
+def test_adapter_the_model_has_not_is_refused(engine, recipe, request_for):
+    recipe.stages[1].adapter = "distilled"
+    with pytest.raises(UsageError, match=r"needs model\.adapters\.distilled, got \[\]"):
+        engine.render(request_for(), recipe, _ignore)
+
+
+def test_recipe_of_another_family_is_refused(engine, request_for):
+    recipe = RecipeConfig(name="v", stages=[StageConfig(sigmas=[1.0, 0.0], family="ltx_video")])
+    with pytest.raises(UsageError, match="recipe v is for models of family ltx_video, this one is ltx2"):
+        engine.render(request_for(), recipe, _ignore)
+
+
+def test_tone_mapping_of_a_recipe_compresses_what_is_decoded(engine, recipe, request_for):
+    recipe.decode.tone_map = 0.6
+    decoded = []
+
+    class Noting:
+        takes_noise = False
+
+        def decode(self, latent, **_):
+            decoded.append(latent)
+            return engine.video_decoder.decode(latent)
+
+    noting = dataclasses.replace(engine, video_decoder=Noting())
+    for strength in (0.0, 0.6):
+        recipe.decode.tone_map = strength
+        _render(noting, recipe, request_for())
+    assert torch.equal(decoded[1], compress_range(decoded[0], compression=0.6))
+
+
 def test_unknown_sampler_is_refused_before_anything_is_computed(engine, recipe, request_for):
     recipe.stages[1].sampler = "heun"
     begun = []
@@ -165,13 +232,15 @@ def test_single_frame_at_a_rate_that_leaves_no_sound_still_renders(engine, recip
 
 
 class _Fails:
+    takes_noise = False
+
     def __init__(self, error):
         self.error = error
 
     def encode(self, prompt):
         raise self.error
 
-    def decode(self, latent):
+    def decode(self, latent, **_):
         raise self.error
 
 
@@ -191,7 +260,9 @@ def test_exhausted_memory_is_reported_with_what_was_asked(engine, recipe, reques
 )
 def test_decoder_that_gives_nonsense_is_a_fault(engine, recipe, request_for, video, message):
     class Wrong:
-        def decode(self, latent):
+        takes_noise = False
+
+        def decode(self, latent, **_):
             return video
 
     streams = dataclasses.replace(engine, video_decoder=Wrong()).render(request_for(), recipe, _ignore)
@@ -201,7 +272,9 @@ def test_decoder_that_gives_nonsense_is_a_fault(engine, recipe, request_for, vid
 
 def test_value_between_two_bytes_becomes_the_nearer_one(engine, recipe, request_for):
     class Grey:
-        def decode(self, latent):
+        takes_noise = False
+
+        def decode(self, latent, **_):
             return torch.full((1, 3, 9, 64, 64), 0.3)
 
     streams = dataclasses.replace(engine, video_decoder=Grey()).render(request_for(), recipe, _ignore)

@@ -10,12 +10,27 @@ from kernels.ops import reference_ops
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.config.schedule import ScheduleConfig
-from pipeline.engine import components
-from pipeline.engine.denoise import Scene, Texts, denoising
-from pipeline.engine.engine import RenderEngine
-from pipeline.engine.latents import Tokens, add_noise, patchify_audio, patchify_video
+from pipeline.engine.components.audio_vae import load_audio_decoder
+from pipeline.engine.components.connectors import load_text_connectors
+from pipeline.engine.components.text import TextContext, TextStates
+from pipeline.engine.components.upsampler import load_latent_upsampler
+from pipeline.engine.components.video_vae import load_video_decoder, load_video_encoder
+from pipeline.engine.components.vocoder import load_vocoder
+from pipeline.engine.conditions import append_tokens, hold_to
+from pipeline.engine.denoise import Scene, Texts, denoise, denoising
+from pipeline.engine.engine import Brief, Picture, RenderEngine
+from pipeline.engine.latents import (
+    Tokens,
+    add_noise,
+    empty_tokens,
+    patchify_audio,
+    patchify_video,
+    unpatchify_audio,
+    unpatchify_video,
+)
 from pipeline.engine.text import TextConditioner
 from pipeline.geometry import PixelShape, latent_shape
+from pipeline.model.adapters import FusedAdapters
 from pipeline.model.checkpoint import CheckpointFile, load_denoiser
 
 
@@ -27,7 +42,7 @@ class RecordedStates:
 
     def encode(self, prompts):
         suffix = "" if prompts == ["positive"] else "_negative"
-        return components.TextStates(self.case[f"in.hidden_states{suffix}"], self.case[f"in.attention_mask{suffix}"])
+        return TextStates(self.case[f"in.hidden_states{suffix}"], self.case[f"in.attention_mask{suffix}"])
 
 
 def recorded_noise(case, names):
@@ -48,26 +63,25 @@ TWO_STAGES = ("stage1.video", "stage1.audio", "stage2.video", "stage2.audio")
 def engine_for(fixtures):
     folder = fixtures / "e2e_ltx2_0"
     checkpoint = CheckpointFile(folder / "checkpoint.safetensors")
-    video_decoder = components.load_video_decoder(checkpoint, device="cpu", dtype=None)
-    connectors = components.load_text_connectors(checkpoint, device="cpu", dtype=None)
+    video_decoder = load_video_decoder(checkpoint, device="cpu", dtype=None)
     denoiser = load_denoiser(checkpoint, reference_ops(), "cpu")
-    upsampler = components.load_latent_upsampler(
-        CheckpointFile(folder / "spatial_upsampler.safetensors"), video_decoder.statistics, device="cpu", dtype=None
-    )
-    audio_decoder = components.load_audio_decoder(checkpoint, device="cpu", dtype=None)
-    vocoder = components.load_vocoder(checkpoint, device="cpu")
+    upscaler = CheckpointFile(folder / "spatial_upsampler.safetensors")
+    connectors = load_text_connectors(checkpoint, device="cpu", dtype=None)
+    parts = {
+        "denoiser": denoiser,
+        "fused": FusedAdapters(denoiser, checkpoint, None),
+        "adapter_files": {},
+        "upsampler": load_latent_upsampler(upscaler, video_decoder.statistics, device="cpu", dtype=None),
+        "video_encoder": load_video_encoder(checkpoint, device="cpu", dtype=None),
+        "video_decoder": video_decoder,
+        "audio_decoder": load_audio_decoder(checkpoint, device="cpu", dtype=None),
+        "vocoder": load_vocoder(checkpoint, device="cpu"),
+        "device": "cpu",
+    }
 
     def build(case, draws):
-        return RenderEngine(
-            text=TextConditioner(RecordedStates(case), connectors),
-            denoiser=denoiser,
-            upsampler=upsampler,
-            video_decoder=video_decoder,
-            audio_decoder=audio_decoder,
-            vocoder=vocoder,
-            device="cpu",
-            noise_for=lambda seed: recorded_noise(case, draws),
-        )
+        text = TextConditioner(RecordedStates(case), connectors)
+        return RenderEngine(text=text, noise_for=lambda seed: recorded_noise(case, draws), **parts)
 
     return build
 
@@ -145,8 +159,8 @@ class TestDistilledTwoStage:
         case.assert_close("mid.upsampled", engine.upsampler.upsample(case["mid.stage1.video_latent"]))
 
     def test_latents_after_both_stages_are_the_references(self, engine, case, recipe):
-        texts = Texts(engine.text.encode("positive"))
-        latents = engine.sample(texts, PixelShape(9, 128, 128, 24.0), recipe, engine.noise_for(0), lambda stage: None)
+        brief = Brief(Texts(engine.text.encode("positive")), PixelShape(9, 128, 128, 24.0))
+        latents = engine.sample(brief, recipe, engine.noise_for(0), lambda stage: None)
         case.assert_close("out.video_latent", latents.video_BCFHW)
         case.assert_close("out.audio_latent", latents.audio_BCTM)
 
@@ -156,8 +170,8 @@ class TestDistilledTwoStage:
 
     def test_the_first_stages_sound_can_ship(self, engine, case, recipe):
         recipe.sound_from_stage = 1
-        texts = Texts(engine.text.encode("positive"))
-        latents = engine.sample(texts, PixelShape(9, 128, 128, 24.0), recipe, engine.noise_for(0), lambda stage: None)
+        brief = Brief(Texts(engine.text.encode("positive")), PixelShape(9, 128, 128, 24.0))
+        latents = engine.sample(brief, recipe, engine.noise_for(0), lambda stage: None)
         case.assert_close("mid.stage1.audio_latent", latents.audio_BCTM)
 
 
@@ -187,3 +201,93 @@ class TestOneStageGuided:
     def test_frames_and_sound_are_the_references(self, engine, case, request_for):
         request = request_for(prompt="positive", width=96, height=64, grid_px=32)
         assert_clip_is_recorded(case, engine.render(request, guided_recipe(case), lambda stage: None))
+
+
+class TestDistilledTwoStageFromAPicture:
+    @pytest.fixture
+    def case(self, golden):
+        return golden("e2e_ltx2_0/case_distilled_two_stage_i2v")
+
+    @pytest.fixture
+    def engine(self, engine_for, case):
+        return engine_for(case, TWO_STAGES)
+
+    @pytest.fixture
+    def picture(self, case):
+        sizes = {64: "stage1", 128: "stage2"}
+        return Picture(lambda height, width: case[f"in.image.{sizes[height]}"])
+
+    @pytest.mark.parametrize(("stage", "side_px"), [(1, 64), (2, 128)])
+    def test_trap_16_every_step_of_a_stage_is_the_references(self, engine, case, recipe, picture, stage, side_px):
+        shape = latent_shape(PixelShape(9, side_px, side_px, 24.0))
+        config = recipe.stages[stage - 1]
+        noise = recorded_noise(case, [f"stage{stage}.video", f"stage{stage}.audio"])
+        if stage == 1:
+            before = engine._empty(shape)
+        else:
+            before = Tokens(patchify_video(case["mid.upsampled"]), patchify_audio(case["mid.stage1.audio_latent"]))
+        start = add_noise(before, noise, config.sigmas[0])
+        hold = hold_to([engine._held(picture, shape, config, noise)], start, shape)
+        start = Tokens(hold.blend(start.video_BTC), start.audio_BTC)
+        scene = Scene(shape, Texts(engine.text.encode("positive")), hold)
+        steps = list(denoising(engine.denoiser, start, scene, config, noise))
+        assert len(steps) == len(config.sigmas) - 1
+        assert_steps_are_recorded(case, steps, f"stage{stage}.")
+
+    def test_frames_and_sound_are_the_references(self, engine, case, recipe, request_for, picture):
+        request = request_for(prompt="positive", width=128, height=128)
+        streams = engine.render(request, recipe, lambda stage: None, pictures=[picture])
+        assert_clip_is_recorded(case, streams)
+
+
+class TestOneStageGuidedBetweenPictures:
+    @pytest.fixture
+    def case(self, golden):
+        return golden("e2e_ltx2_0/case_one_stage_cfg_keyframes")
+
+    @pytest.fixture
+    def engine(self, engine_for, case):
+        return engine_for(case, ("video", "audio"))
+
+    @pytest.fixture
+    def pictures(self, case):
+        given = case.params["keyframe"]
+        return [
+            Picture(lambda height, width: case["in.image.first"], 0, given["first_frame_strength"]),
+            Picture(
+                lambda height, width: case["in.image.keyframe"], given["keyframe_frame_idx"], given["keyframe_strength"]
+            ),
+        ]
+
+    @pytest.mark.parametrize("batch_passes", [True, False])
+    def test_trap_19_every_step_is_the_references_with_the_appended_tokens(self, engine, case, pictures, batch_passes):
+        recipe = guided_recipe(case, batch_passes=batch_passes)
+        stage = recipe.stages[0]
+        shape, noise = latent_shape(PixelShape(9, 64, 96, 24.0)), engine.noise_for(0)
+        start = add_noise(append_tokens(engine._empty(shape), 6), noise, 1.0)
+        hold = hold_to([engine._held(picture, shape, stage, noise) for picture in pictures], start, shape)
+        start = Tokens(hold.blend(start.video_BTC), start.audio_BTC)
+        scene = Scene(shape, engine._texts("positive", recipe), hold)
+        steps = list(denoising(engine.denoiser, start, scene, stage, noise))
+        assert len(steps) == case.params["steps"]
+        assert_steps_are_recorded(case, steps)
+
+    def test_frames_and_sound_are_the_references(self, engine, case, request_for, pictures):
+        request = request_for(prompt="positive", width=96, height=64, grid_px=32)
+        streams = engine.render(request, guided_recipe(case), lambda stage: None, pictures=pictures)
+        assert_clip_is_recorded(case, streams)
+
+
+def test_guided_latents_of_ltx_2_3_are_the_references(golden, fixtures):
+    case = golden("e2e_ltx2_3/case_one_stage_cfg_t2v")
+    folder, file = case.params["checkpoint"].split("/")
+    denoiser = load_denoiser(CheckpointFile(fixtures / folder / file), reference_ops(), "cpu")
+    shape, noise = latent_shape(PixelShape(9, 64, 96, 24.0)), recorded_noise(case, ("video", "audio"))
+    texts = [
+        TextContext(case[f"in.video_context{suffix}"], case[f"in.audio_context{suffix}"])
+        for suffix in ("", "_negative")
+    ]
+    start = add_noise(empty_tokens(shape, video_channels=16, audio_channels=32, device="cpu"), noise, 1.0)
+    end = denoise(denoiser, start, Scene(shape, Texts(*texts)), guided_recipe(case).stages[0], noise)
+    case.assert_close("out.video_latent", unpatchify_video(end.video_BTC, shape))
+    case.assert_close("out.audio_latent", unpatchify_audio(end.audio_BTC, 16))

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.engine import nano
-from pipeline.engine.components import load_text_encoder
+from pipeline.engine.components.text_encoder import load_text_encoder
 from pipeline.errors import UsageError
 from pipeline.model.checkpoint import CheckpointFile
 

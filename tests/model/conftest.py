@@ -25,8 +25,6 @@ from pipeline.model.checkpoint import (
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.streams import DistinctTimesteps, Perturbation, TokenStream
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-
 STRATEGIES = {
     "AttentionSkip": "attention",
     "AttentionValues": "values",
@@ -43,11 +41,6 @@ class GoldenCase:
     audio: TokenStream | None
     perturbations: tuple[Perturbation, ...] | None
     expected: dict[str, Tensor]
-
-
-@pytest.fixture(scope="session")
-def fixtures() -> Path:
-    return FIXTURES
 
 
 @pytest.fixture(scope="session")

@@ -57,11 +57,12 @@ def test_all_problems_are_told_at_once(recipes: dict[str, RecipeConfig]) -> None
 
 def test_overrides_change_the_steps_and_the_pictures_scales_only(recipes: dict[str, RecipeConfig]) -> None:
     before = recipes["full_two_stage"]
-    recipe = resolve(before, num_steps=12, cfg_scale=2.5, stg_scale=0.0)
+    recipe = resolve(before, num_steps=12, cfg_scale=2.5, stg_scale=0.0, negative_prompt="fog")
     first, old = recipe.stages[0], before.stages[0]
     assert len(first.levels(1)) == 13
     assert (first.guidance[0].video.cfg, first.guidance[0].video.stg) == (2.5, 0.0)
     assert first.guidance[0].audio == old.guidance[0].audio
+    assert (recipe.negative_prompt, before.negative_prompt == "fog") == ("fog", False)
     assert (recipe.stages[1], recipe.name) == (before.stages[1], before.name)
     assert len(old.levels(1)) == 5, "the recipe itself is as it was"
 
