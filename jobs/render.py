@@ -22,6 +22,7 @@ from pipeline.cluster.driver import StopRequest
 from pipeline.cluster.progress import say
 from pipeline.errors import UsageError
 from pipeline.planning.reach import in_submitted_job, refuse_lost_paths
+from pipeline.storage.filesystem import is_local
 from pipeline.storage.models import fingerprint
 
 # From a signal to the end of the process. `ray job stop` kills after 3 s.
@@ -41,11 +42,11 @@ def main(argv: list[str]) -> int:
 
 
 def _staged(job: RenderJob) -> str:
-    """The model's fingerprint; the model that this project builds itself is built on first use."""
+    """The model's fingerprint; the model that this project builds itself is built on first use, on a disk only."""
     try:
         return fingerprint(job.model.folder, job.model.name)
     except UsageError:
-        if not job.model.built_here:
+        if not job.model.built_here or not is_local(job.model.folder):
             raise
         return stage_model(job.model)
 

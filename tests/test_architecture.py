@@ -48,10 +48,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.worker": {"pipeline.config", "pipeline.records", "pipeline.telemetry", "pipeline.engine.engine",
                         "pipeline.media", "pipeline.storage.assets", "pipeline.storage.filesystem",
                         "pipeline.cost.meter", "pipeline.errors"},
-    # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions.
+    # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions; the folder of
+    # a Ray of ours is named for its driver as files are.
     "pipeline.cluster": {"pipeline.errors", "pipeline.config", "pipeline.telemetry", "pipeline.records",
                          "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.cost.meter",
-                         "pipeline.cost.pricing"},
+                         "pipeline.cost.pricing", "pipeline.storage.processes"},
     "pipeline.assembly.worker_side": {"pipeline.config", "pipeline.worker", "pipeline.engine", "pipeline.model",
                                       "kernels.ops", "pipeline.storage.assets", "pipeline.storage.models",
                                       "pipeline.storage.store", "pipeline.cost.meter",
@@ -65,10 +66,11 @@ MAY_IMPORT: dict[str, set[str]] = {
                    "pipeline.planning", "pipeline.storage"},
     "jobs.render": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side",
                     "pipeline.cluster.driver", "pipeline.cluster.progress", "pipeline.storage.models",
-                    "pipeline.planning.reach"},
+                    "pipeline.storage.filesystem", "pipeline.planning.reach"},
     "jobs.report": {"pipeline.config", "pipeline.errors", "pipeline.report.rebuild", "pipeline.storage.store"},
     "jobs.submit": {"pipeline.config", "pipeline.errors", "pipeline.planning.reach"},
-    "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.engine.nano"},
+    "jobs.stage_weights": {"pipeline.config", "pipeline.errors", "pipeline.storage.models",
+                           "pipeline.storage.filesystem", "pipeline.engine.nano"},
 }  # fmt: skip
 
 # library -> the only modules that may import it.

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -20,15 +20,17 @@ from pathlib import Path
 import ray
 from ray._private import worker as ray_worker
 
+from pipeline.cluster.ray_folder import new_folder, start_reaper
 from pipeline.errors import PipelineError, UsageError
 
 ADDRESS = "RAY_ADDRESS"
 CONNECT_S = 5.0
+# Ray does not say why a cluster that listens cannot be joined.
+TOKEN_HINT = "if the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to it; else "
 # Records are small; Ray's own default would take a third of the machine's memory.
 OBJECT_STORE_BYTES = 100 * 2**20
 # Ray's part of a shutdown in this process takes 0.3 s; its processes get 1 s more, or are killed.
 DISCONNECT_S = 0.8
-SOCKETS_PREFIX = "ltx-ray-"
 
 
 class RaySession:
@@ -42,7 +44,8 @@ class RaySession:
         self._closed = threading.Event()
         self._error: PipelineError | None = None
         self._ours = False
-        self._folder: str | None = None
+        self._folder: Path | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._deadline_s = 0.0
         self._children_before: set[int] = set()
 
@@ -52,12 +55,11 @@ class RaySession:
             self._up.set()
             return
         self._ours = True
-        self._children_before = set(_descendants(os.getpid()))
         self._deadline_s = time.monotonic() + self._start_timeout_s
         if self._address is None:
-            _sweep_dead_folders()
-            # Short, because the paths of Ray's sockets are bounded.
-            self._folder = tempfile.mkdtemp(prefix=f"{SOCKETS_PREFIX}{os.getpid()}-")
+            self._folder = new_folder()
+            self._reaper = start_reaper(self._folder)
+        self._children_before = set(_descendants(os.getpid()))
         threading.Thread(target=self._hold, name="ray", daemon=True).start()
 
     def wait_until_up(self, timeout_s: float) -> bool:
@@ -84,11 +86,14 @@ class RaySession:
             while time.monotonic() < deadline_s and not self._closed.wait(0.02):
                 if abandon and not hasattr(ray_worker.global_worker, "core_worker"):
                     break  # what is left is Ray's patience with its processes
-        if self._folder is None:
+        if self._folder is None or self._reaper is None:
             return
         self._kill_processes()
-        if not self._closed.is_set():
-            threading.Thread(target=self._keep_killing, name="ray-reaper", daemon=True).start()
+        if self._closed.is_set():
+            self._reaper.kill()
+            self._reaper.communicate()
+        else:
+            threading.Thread(target=self._keep_killing, name="ray-killer", daemon=True).start()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _hold(self) -> None:
@@ -116,15 +121,16 @@ class RaySession:
             log_to_driver=True,
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=self._folder,
+            _temp_dir=str(self._folder),
         )
 
     def _refusal(self, reason: str) -> PipelineError:
         if self._address is None:
             return PipelineError(f"Ray could not be started on this machine: {reason}; use cluster=in_process")
+        hint = TOKEN_HINT if reason.startswith("Failed to connect") else ""
         return UsageError(
             f"{ADDRESS} must be the host:port of a running Ray cluster, got {self._address!r}: {reason}; "
-            "correct it, or unset it to use this machine"
+            f"{hint}correct it, or unset it to use this machine"
         )
 
     def _kill_processes(self) -> None:
@@ -136,7 +142,10 @@ class RaySession:
                         os.kill(pid, signum)
 
     def _keep_killing(self) -> None:
-        """For a Ray that was given up while it started: its thread goes on and starts what comes next."""
+        """For a Ray that was given up while it started: its thread goes on and starts what comes next.
+
+        What it starts in the last moment of this process is the reaper's.
+        """
         while True:
             self._kill_processes()
             time.sleep(0.02)
@@ -198,11 +207,3 @@ def _descendants(root: int) -> list[int]:
         found += below
         todo += below
     return found
-
-
-def _sweep_dead_folders() -> None:
-    """Remove the folders of drivers of this machine that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SOCKETS_PREFIX}*"):
-        pid = folder.name.removeprefix(SOCKETS_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)

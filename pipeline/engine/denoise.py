@@ -81,6 +81,10 @@ class Predictor:
         self._denoiser = denoiser
         self._scene = scene
         self._stage = stage
+        self._device = scene.texts.positive.video_BSD.device
+        video_positions_B3T2 = video_positions(scene.shape, device=self._device)
+        self._video_positions_B3T2 = video_positions_B3T2 if scene.hold is None else scene.hold.positions_B3T2
+        self._audio_positions_B1T2 = audio_positions(scene.shape, device=self._device)
         # By which of a call's samples have the negative prompt: nothing else of them outlasts a step.
         self._conditioning: dict[tuple[bool, ...], Conditioning] = {}
         # A hold's few distinct values are found once, because finding them waits for the accelerator.
@@ -157,18 +161,15 @@ class Predictor:
         }
 
     def _streams(self, names: Sequence[str], state: Tokens, sigma: float) -> tuple[TokenStream, TokenStream | None]:
-        count, scene = len(names), self._scene
+        count = len(names)
         sigma_P = torch.full((count,), sigma, device=self._device)
         texts = [self._text(name) for name in names]
         masks = [text.mask_BS for text in texts if text.mask_BS is not None]
-        positions_B3T2 = (
-            video_positions(scene.shape, device=self._device) if scene.hold is None else scene.hold.positions_B3T2
-        )
         video = TokenStream(
             state.video_BTC.expand(count, -1, -1),
             self._timesteps(count, sigma),
             sigma_P,
-            positions_B3T2,
+            self._video_positions_B3T2,
             torch.cat([text.video_BSD for text in texts]),
             torch.cat(masks) if masks else None,
         )
@@ -178,7 +179,7 @@ class Predictor:
             state.audio_BTC.expand(count, -1, -1),
             DistinctTimesteps.uniform(sigma_P),
             sigma_P,
-            audio_positions(scene.shape, device=self._device),
+            self._audio_positions_B1T2,
             torch.cat([text.audio_BSD for text in texts if text.audio_BSD is not None]),
         )
         return video, audio
@@ -195,7 +196,3 @@ class Predictor:
             blocks = frozenset(guidance.stg_blocks)
             return Perturbation(blocks, blocks, strategy=cast(SkipStrategy, self._stage.stg_strategy))
         return Perturbation(isolate_streams=name == ISOLATED)
-
-    @property
-    def _device(self) -> torch.device:
-        return self._scene.texts.positive.video_BSD.device

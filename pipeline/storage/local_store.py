@@ -7,7 +7,6 @@ devices (both measured).
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.storage.filesystem import ABANDONED_AFTER_S, FULL_DISK_ERRNOS, sha256_of, storage_error, write_synced
-from pipeline.storage.processes import place, start_ticks
+from pipeline.storage.processes import writer, writer_is_gone
 
 # Errors of linking that mean "this disk cannot", after which a copy stands in.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
@@ -160,7 +159,7 @@ class LocalStore:
     def _temporary(self, content: bytes) -> Path:
         """A synced file of `content` on this disk, in `_attempts`, where whatever a kill leaves is swept."""
         folder = self._root / "_attempts"
-        path = folder / f".{_writer()}-{uuid.uuid4().hex[:12]}"
+        path = folder / f".{writer()}-{uuid.uuid4().hex[:12]}"
         for last in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -178,7 +177,8 @@ class LocalStore:
         """Remove what killed writers left half-written: at once where their end can be seen, else when it is old."""
         for path in (self._root / "_attempts").glob(".*"):
             with suppress(OSError):
-                if not _writer_lives(path.name) or time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
+                old = time.time() - path.stat().st_mtime > ABANDONED_AFTER_S
+                if old or writer_is_gone(path.name.removeprefix(".")):
                     path.unlink()
 
     @staticmethod
@@ -203,18 +203,3 @@ def _exists(entry: os.DirEntry[str]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _writer() -> str:
-    """This process, as part of a file name: machine (hashed), process id, and when it started."""
-    machine = hashlib.sha256(place().encode()).hexdigest()[:12]
-    return f"{machine}-{os.getpid()}-{start_ticks(os.getpid())}"
-
-
-def _writer_lives(name: str) -> bool:
-    """False only if the file's writer was a process of this machine that is gone."""
-    machine, _, rest = name.lstrip(".").partition("-")
-    if machine != _writer().partition("-")[0]:
-        return True
-    pid, start, *_ = rest.split("-")
-    return start_ticks(int(pid)) == start

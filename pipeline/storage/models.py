@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.storage.filesystem import (
+    ABANDONED_AFTER_S,
     is_local,
     local_path,
     open_for_reading,
@@ -23,6 +26,8 @@ from pipeline.storage.filesystem import (
     storage_error,
     write_atomically,
 )
+from pipeline.storage.processes import writer, writer_is_gone
+from pipeline.storage.store import open_store
 
 
 class NotStaged(UsageError):
@@ -30,6 +35,7 @@ class NotStaged(UsageError):
 
 
 SIDECAR = "fingerprint.{model}.json"
+PART_PREFIX = ".part-"
 
 
 def stage(folder: Path, model: str, parts: Mapping[str, str]) -> str:
@@ -72,12 +78,13 @@ def local_copy(folder: str, model: str, cache: Path) -> Path:
         return local_path(folder)
     sidecar = _sidecar(folder, model)
     target = cache.expanduser() / str(sidecar["fingerprint"])[:16]
+    _sweep_parts(target)
     for name, facts in sidecar["files"].items():
         path = target / name
         if path.is_file() and path.stat().st_size == facts["size_bytes"]:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        part = path.with_name(f"{PART_PREFIX}{writer()}-{uuid.uuid4().hex[:8]}")
         try:
             with open_for_reading(f"{folder.rstrip('/')}/{name}") as source, part.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 16 << 20)
@@ -93,8 +100,26 @@ def local_copy(folder: str, model: str, cache: Path) -> Path:
     return target
 
 
+def copy_to(folder: str, staged: Path) -> None:
+    """Copy a staged model's files to a URI, the sidecar last: a model with a sidecar is whole."""
+    store = open_store(folder)
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.match(SIDECAR.format(model="*")), path)):
+        store.replace(path.relative_to(staged).as_posix(), path)
+
+
+def _sweep_parts(target: Path) -> None:
+    """Remove what a killed fetch left: a part is as large as the model."""
+    for part in target.rglob(f"{PART_PREFIX}*"):
+        with suppress(OSError):  # another worker's, just finished
+            old = time.time() - part.stat().st_mtime > ABANDONED_AFTER_S
+            if old or writer_is_gone(part.name.removeprefix(PART_PREFIX)):
+                part.unlink()
+
+
 def _sidecar(folder: str, model: str) -> dict[str, Any]:
-    way_out = f"run: python -m jobs.stage_weights model={model} model.folder={folder}"
+    way_out = f"run: python -m jobs.stage_weights model={model} model.folder="
+    way_out += folder if is_local(folder) else f"FOLDER with a FOLDER on a disk, and copy that to {folder}"
     where = f"{folder.rstrip('/')}/{SIDECAR.format(model=model)}"
     if size_of(where) is None:
         raise NotStaged(f"model {model} must be staged, got no {where}; {way_out}")

@@ -22,12 +22,15 @@ from fsspec.core import url_to_fs
 
 from pipeline.errors import PipelineError, StorageUnavailable, UsageError
 from pipeline.storage.filesystem import ABANDONED_AFTER_S
+from pipeline.storage.processes import writer, writer_is_gone
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # Back-off between tries of one operation, beside what the store's client does by itself.
 RETRY_WAITS_S = (0.2, 0.8, 3.0)
+# Local folders for unfinished files; the rest of the name says whose, and of which run.
+SCRATCH_PREFIX = "ltx-scratch-"
 
 
 class ObjectStore:
@@ -38,7 +41,6 @@ class ObjectStore:
         # Listings are never cached: other writers' files must be seen.
         self._fs, path = url_to_fs(self._uri, use_listings_cache=False)
         self._path = str(path).rstrip("/")
-        self._scratch: Path | None = None
 
     @property
     def root_uri(self) -> str:
@@ -61,11 +63,9 @@ class ObjectStore:
         finally:
             self.delete(probe)
         if not exclusive:
-            raise UsageError(
-                f"output must be in a store with conditional puts (If-None-Match), got {self._uri}, which overwrote "
-                "a file; use one that has them, or a local disk"
-            )
+            raise self._unconditional("which overwrote a file")
         self._sweep()
+        _sweep_scratch()
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -84,10 +84,18 @@ class ObjectStore:
 
     def create(self, name: str, content: bytes | Path) -> bool:
         def put() -> None:
-            if isinstance(content, Path):
-                self._fs.put_file(str(content), self._full(name), mode="create")
-            else:
-                self._fs.pipe_file(self._full(name), content, mode="create")
+            try:
+                if isinstance(content, Path):
+                    self._fs.put_file(str(content), self._full(name), mode="create")
+                else:
+                    self._fs.pipe_file(self._full(name), content, mode="create")
+            except OSError as error:
+                # s3fs knows the refusal of a put by a detail that AWS alone says.
+                if (code := _code_of(error)) in ("PreconditionFailed", "412"):
+                    raise FileExistsError(self._full(name)) from error
+                if code in ("NotImplemented", "501"):
+                    raise self._unconditional(f"which answered: {error}") from error
+                raise
 
         try:
             self._try("writing", name, put)
@@ -123,17 +131,14 @@ class ObjectStore:
     def delete_folder(self, folder: str) -> None:
         with suppress(FileNotFoundError):
             self._try("deleting", folder, lambda: self._fs.rm(self._full(folder), recursive=True))
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = None
+        _sweep_scratch(ended=_last(folder))
 
     def append(self, name: str, line: str) -> bool:
         return False
 
     def scratch(self, run_id: str) -> Path:
-        if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix=f"ltx-{run_id}-"))
-        return self._scratch
+        _sweep_scratch()
+        return Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{writer()}-{run_id}-"))
 
     def _sweep(self) -> None:
         """Abort uploads in parts that killed writers left: they are invisible, and billed until somebody does."""
@@ -163,6 +168,8 @@ class ObjectStore:
         for wait_s in (*RETRY_WAITS_S, None):
             try:
                 return call()
+            except UsageError:
+                raise
             except (FileNotFoundError, FileExistsError) as error:
                 if "bucket does not exist" in str(error):
                     raise UsageError(f"bucket must exist, got {self._uri}; create it or correct the name") from error
@@ -180,6 +187,12 @@ class ObjectStore:
                 time.sleep(wait_s * random.uniform(0.5, 1.5))
         raise AssertionError("the last try returns or raises")
 
+    def _unconditional(self, reason: str) -> UsageError:
+        return UsageError(
+            f"output must be in a store with conditional puts (If-None-Match), got {self._uri}, {reason}; use one that "
+            "has them, or a local disk"
+        )
+
     def _given_up(self, doing: str, name: str, error: Exception) -> PipelineError:
         tries = len(RETRY_WAITS_S) + 1
         return StorageUnavailable(
@@ -188,5 +201,22 @@ class ObjectStore:
         )
 
 
+def _sweep_scratch(ended: str | None = None) -> None:
+    """Remove the folders of processes that are gone, and this one's of a run that has `ended`.
+
+    A worker on Ray is ended from outside and cannot remove its own.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        owner = folder.name.removeprefix(SCRATCH_PREFIX)
+        if writer_is_gone(owner) or (ended is not None and owner.startswith(f"{writer()}-{ended}-")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _last(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
+
+
+def _code_of(error: OSError) -> str:
+    """The code in S3's answer that became this error, or an empty text."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))

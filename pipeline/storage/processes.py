@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from functools import cache
@@ -24,6 +25,19 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def writer() -> str:
+    """This process, as the beginning of a file's name: place (hashed), process id, and when it started."""
+    return f"{hashlib.sha256(place().encode()).hexdigest()[:12]}-{os.getpid()}-{start_ticks(os.getpid())}"
+
+
+def writer_is_gone(name: str) -> bool:
+    """True only of a name that begins with a process of this place which has ended; the hash may be cut short."""
+    where, pid, start, *_ = (*name.split("-", 3), "", "")
+    if not pid.isdigit() or not where or not writer().partition("-")[0].startswith(where):
+        return False
+    return str(start_ticks(int(pid))) != start
 
 
 def start_ticks(pid: int) -> str | None:

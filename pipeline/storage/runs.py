@@ -24,6 +24,8 @@ from pipeline.storage.tables import LedgerTable, read_ledger, write_ledger_file,
 LEASE_S = 30
 # In a run's folder once another driver has closed it.
 CLOSED = "closed.json"
+# In a run's ledger: what another driver added when it closed the run.
+TAIL = "tail-unknown.parquet"
 # How often a driver writes its ledger and renews its lease. A kill loses at most this much of the ledger.
 FLUSH_EVERY_S = 2.0
 # In a bucket the newest event file is rewritten while it grows; past this many lines a new one is begun.
@@ -196,7 +198,7 @@ def _close_run(
     # The driver died between its last flush and the next one that did not come.
     seen_ns = int(lease["renewed_ns"]) if lease is not None else 0
     try:
-        ledger = [entry for entry in read_ledger(store, run_id) if entry.state != "unknown"]
+        ledger = read_ledger(store, run_id, without=TAIL)
     except UsageError as error:
         # An unreadable table (a power cut, a hand edit) must not stop every later run; it stays for a person to see.
         store.write(f"runs/{run_id}/run.json", as_json({**facts, "ledger_problem": str(error)}).encode())
@@ -206,16 +208,17 @@ def _close_run(
     for index, seat in enumerate(seats):
         own = [entry for entry in ledger if (entry.node_id, entry.gpu_id) == (seat.node_id, seat.gpu_id)]
         t0_ns = max([seat.acquired_ns, *(entry.t1_ns for entry in own)])
-        if seat.released_ns is not None:
-            continue
-        t1_ns = max(t0_ns, min(max(t0_ns, seen_ns) + round(FLUSH_EVERY_S * NS_PER_S), now_ns))
-        seats[index] = replace(seat, released_ns=t1_ns)
+        # A seat's release is written just before the last of its ledger, so that may be missing too.
+        t1_ns = seat.released_ns
+        if t1_ns is None:
+            t1_ns = max(t0_ns, min(max(t0_ns, seen_ns) + round(FLUSH_EVERY_S * NS_PER_S), now_ns))
+            seats[index] = replace(seat, released_ns=t1_ns)
         if t1_ns > t0_ns:
             price_id = str(facts["price_id"])
             cost_usd = cost_of(price_id, t1_ns - t0_ns)
             tail.append(ledger_entry(seat, "unknown", t0_ns, t1_ns, price_id=price_id, cost_usd=cost_usd))
     if tail:
-        write_ledger_file(store, f"runs/{run_id}/ledger/tail-unknown.parquet", tail)
+        write_ledger_file(store, f"runs/{run_id}/ledger/{TAIL}", tail)
     facts["workers"] = [asdict(seat) for seat in seats]
     store.write(f"runs/{run_id}/run.json", as_json(facts).encode())
 

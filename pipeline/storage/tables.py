@@ -194,11 +194,16 @@ def write_ledger_file(store: Store, name: str, entries: Sequence[LedgerEntry]) -
     _write(store, name, ledger_table(entries))
 
 
-def read_rows(store: Store, folder: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """All rows of a table's folder in file order (only `columns` if given), maps as dicts; none if it is absent."""
+def read_rows(
+    store: Store, folder: str, columns: Sequence[str] | None = None, *, without: str = ""
+) -> list[dict[str, Any]]:
+    """All rows of a table's folder in file order (only `columns` if given), maps as dicts; none if it is absent.
+
+    The file `without` is left out.
+    """
     rows: list[dict[str, Any]] = []
     for name in sorted(store.sizes(folder)):
-        if not name.endswith(".parquet"):
+        if not name.endswith(".parquet") or name == without:
             continue
         try:
             table = pq.read_table(io.BytesIO(store.read(f"{folder}/{name}") or b""), columns=columns)
@@ -209,12 +214,12 @@ def read_rows(store: Store, folder: str, columns: Sequence[str] | None = None) -
     return rows
 
 
-def read_ledger(store: Store, run_id: str) -> list[LedgerEntry]:
-    """The ledger of a run as entries, oldest first."""
+def read_ledger(store: Store, run_id: str, *, without: str = "") -> list[LedgerEntry]:
+    """The ledger of a run as entries, oldest first; the file `without` is left out."""
     names = {f.name for f in fields(LedgerEntry)}
     rows = [
         {name: value for name, value in row.items() if name in names}
-        for row in read_rows(store, f"runs/{run_id}/ledger")
+        for row in read_rows(store, f"runs/{run_id}/ledger", without=without)
     ]
     entries = [LedgerEntry(**{**row, "cost_usd": Decimal(row["cost_usd"])}) for row in rows]
     return sorted(entries, key=lambda entry: (entry.gpu_id, entry.t0_ns))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from datetime import datetime
 from itertools import pairwise
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import fsspec
 import pyarrow.parquet as pq
 
 MS = 1_000_000
@@ -52,6 +54,18 @@ def events_of(run: Path) -> list[dict[str, Any]]:
         except ValueError:  # the line that a kill cut short
             continue
     return events
+
+
+def download(bucket: str, target: Path) -> Path:
+    """The bucket's output as a user would fetch it."""
+    fsspec.filesystem("s3", use_listings_cache=False).get(f"{bucket}/out/", f"{target}/", recursive=True)
+    return target
+
+
+def check_report_opens(run: Path, num_videos: int) -> None:
+    """The page links to `num_videos` videos that are there, wherever the output was moved to."""
+    links = set(re.findall(r'"(\.\./\.\./videos/[^"]+)"', (run / "report.html").read_text()))
+    assert len(links) == num_videos and all((run / link).is_file() for link in links), links
 
 
 def check_output(output: Path, ids: list[str]) -> None:

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -61,6 +63,55 @@ def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 @pytest.fixture
 def manifest(tmp_path: Path) -> Callable[[Sequence[dict[str, Any]]], Path]:
     return lambda rows: write_manifest(tmp_path / "manifest.parquet", rows)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a job lies: its manifest, its model, and its output at `root`, a path or a URI."""
+
+    root: str
+    arguments: tuple[str, ...]
+
+    def num_committed(self) -> int:
+        fs, path = fsspec.url_to_fs(self.root, use_listings_cache=False)
+        return len(fs.glob(f"{path}/commits/*.json"))
+
+    def output(self, target: Path) -> Path:
+        """The output as a folder, fetched from a bucket as a user would."""
+        if "://" not in self.root:
+            return Path(self.root)
+        fs, path = fsspec.url_to_fs(self.root, use_listings_cache=False)
+        fs.get(f"{path}/", f"{target}/", recursive=True)
+        return target
+
+
+def on_disk(rows: Sequence[dict[str, Any]], model_folder: Path, tmp_path: Path) -> Site:
+    path, root = write_manifest(tmp_path / "manifest.parquet", rows), tmp_path / "out"
+    return Site(str(root), (f"manifest={path}", f"output={root}", f"model.folder={model_folder}"))
+
+
+def in_bucket(bucket: str, rows: Sequence[dict[str, Any]], model_folder: Path, tmp_path: Path) -> Site:
+    fs = fsspec.filesystem("s3")
+    fs.put(str(write_manifest(tmp_path / "manifest.parquet", rows)), f"{bucket}/prompts/date=2026-11-20/a.parquet")
+    fs.put(f"{model_folder}/", f"{bucket}/models/nano/", recursive=True)
+    return Site(
+        f"{bucket}/out",
+        (f"manifest={bucket}/prompts", f"output={bucket}/out", f"model.folder={bucket}/models/nano",
+         f"model.cache={tmp_path / 'cache'}"),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def site(request: pytest.FixtureRequest, model_folder: Path, tmp_path: Path) -> Callable[..., Site]:
+    """Prepare a job of so many rows `on` a "disk" or a "bucket"."""
+
+    def prepare(on: str, num_rows: int) -> Site:
+        rows = small_rows(num_rows)
+        if on == "disk":
+            return on_disk(rows, model_folder, tmp_path)
+        return in_bucket(request.getfixturevalue("bucket"), rows, model_folder, tmp_path)
+
+    return prepare
 
 
 def small_rows(count: int) -> list[dict[str, Any]]:

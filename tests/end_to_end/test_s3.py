@@ -3,63 +3,50 @@
 from __future__ import annotations
 
 import random
-import re
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
 
-from tests.end_to_end.checker import check_output, results_of, runs_of
-from tests.end_to_end.conftest import ROOT, Render, command, run_command, small_rows
+from tests.end_to_end.checker import check_output, check_report_opens, results_of, runs_of
+from tests.end_to_end.conftest import ROOT, Site, command, run_command
 
-Manifest = Callable[[list[dict[str, Any]]], Path]
 NUM_KILLS = 4
 
 
-def download(bucket: str, target: Path) -> Path:
-    """The bucket's output as a user would fetch it."""
-    fsspec.filesystem("s3", use_listings_cache=False).get(f"{bucket}/out/", f"{target}/", recursive=True)
-    return target
+@pytest.fixture
+def there(site: Callable[..., Site]) -> Site:
+    return site("bucket", 6)
 
 
 @pytest.fixture
-def arguments(bucket: str, model_folder: Path, manifest: Manifest, tmp_path: Path) -> list[str]:
-    fs = fsspec.filesystem("s3")
-    fs.put(str(manifest(small_rows(6))), f"{bucket}/prompts/date=2026-11-20/a.parquet")
-    fs.put(f"{model_folder}/", f"{bucket}/models/nano/", recursive=True)
-    return [f"manifest={bucket}/prompts", f"output={bucket}/out", f"model.folder={bucket}/models/nano",
-            f"model.cache={tmp_path / 'cache'}"]  # fmt: skip
+def arguments(there: Site) -> tuple[str, ...]:
+    return there.arguments
 
 
-def test_everything_in_a_bucket_gives_the_bytes_of_a_local_run(
-    arguments: list[str], bucket: str, render: Render, manifest: Manifest, tmp_path: Path
+def test_everything_in_a_bucket_can_be_fetched_and_read_and_is_done_once(
+    arguments: tuple[str, ...], bucket: str, there: Site, tmp_path: Path
 ) -> None:
     assert run_command("estimate", *arguments).returncode == 0
     done = run_command("render", *arguments)
     assert done.returncode == 0, done.stderr
-    copy = download(bucket, tmp_path / "copy")
+    copy = there.output(tmp_path / "copy")
     check_output(copy, [f"clip-{i}" for i in range(6)])
-    assert render(manifest(small_rows(6))).returncode == 0
-    remote, local = results_of(runs_of(copy)[0]), results_of(runs_of(tmp_path / "out")[0])
-    assert [row["sha256"] for row in remote] == [row["sha256"] for row in local]
-    assert all(row["uri"].startswith(f"{bucket}/out/videos/clip-") for row in remote)
-    page = (runs_of(copy)[0] / "report.html").read_text()
-    links = set(re.findall(r'"(\.\./\.\./videos/[^"]+)"', page))
-    assert len(links) == 6 and all((runs_of(copy)[0] / link).is_file() for link in links)
+    assert all(row["uri"].startswith(f"{bucket}/out/videos/clip-") for row in results_of(runs_of(copy)[0]))
+    check_report_opens(runs_of(copy)[0], 6)
 
     again = run_command("render", *arguments)
     assert again.returncode == 0
-    assert {row["status"] for row in results_of(runs_of(download(bucket, tmp_path / "copy2"))[-1])} == {"skipped"}
+    assert {row["status"] for row in results_of(runs_of(there.output(tmp_path / "copy2"))[-1])} == {"skipped"}
     report = run_command("report", f"run={bucket}/out/runs/{runs_of(copy)[0].name}")
     assert report.returncode == 0 and "6 rendered" in report.stdout
 
 
 def test_kills_at_random_moments_lose_and_repeat_nothing_in_a_bucket(
-    arguments: list[str], bucket: str, tmp_path: Path
+    arguments: tuple[str, ...], bucket: str, there: Site, tmp_path: Path
 ) -> None:
     generator = random.Random(20261120)
     for _ in range(NUM_KILLS):
@@ -72,12 +59,48 @@ def test_kills_at_random_moments_lose_and_repeat_nothing_in_a_bucket(
         assert process.returncode in (0, -signal.SIGKILL)
     done = run_command("render", *arguments)
     assert done.returncode == 0, done.stderr
-    check_output(download(bucket, tmp_path / "copy"), [f"clip-{i}" for i in range(6)])
+    check_output(there.output(tmp_path / "copy"), [f"clip-{i}" for i in range(6)])
     assert fsspec.filesystem("s3").list_multipart_uploads(bucket.removeprefix("s3://")) == []
 
 
-def test_a_bucket_that_is_not_there_is_refused_in_one_line(arguments: list[str], s3_endpoint: str) -> None:
+def replaced(arguments: Sequence[str], **settings: str) -> list[str]:
+    """`arguments` with other values for some settings; `model_folder` stands for model.folder."""
+    other = {name.replace("_", "."): value for name, value in settings.items()}
+    return [argument for argument in arguments if argument.partition("=")[0] not in other] + [
+        f"{name}={value}" for name, value in other.items()
+    ]
+
+
+def test_a_bucket_without_the_model_is_refused_and_nothing_is_built(arguments: tuple[str, ...], bucket: str) -> None:
+    there = f"{bucket}/models/empty"
+    done = run_command("render", *replaced(arguments, model_folder=there))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"error: model nano must be staged, got no {there}/fingerprint.nano.json; run: python -m jobs.stage_weights "
+        f"model=nano model.folder=FOLDER with a FOLDER on a disk, and copy that to {there}\n"
+    )
+    assert not (ROOT / "s3:").exists()
+    assert fsspec.filesystem("s3").find(f"{bucket}/out") == []
+
+
+def test_a_model_staged_straight_into_a_bucket_is_the_one_of_a_disk(
+    arguments: tuple[str, ...], bucket: str, model_folder: Path
+) -> None:
+    there = f"{bucket}/models/staged"
+    done = run_command("stage_weights", f"model.folder={there}")
+    assert done.returncode == 0, done.stderr
+    fs = fsspec.filesystem("s3")
+    assert fs.cat(f"{there}/fingerprint.nano.json") == (model_folder / "fingerprint.nano.json").read_bytes()
+    assert run_command("render", *replaced(arguments, model_folder=there), "limit=1").returncode == 0
+
+    done = run_command("stage_weights", "model=ltx2_19b_distilled", f"model.folder={there}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model.folder must be on a disk to stage ltx2_19b_distilled, got 's3://")
+    assert not (ROOT / "s3:").exists()
+
+
+def test_a_bucket_that_is_not_there_is_refused_in_one_line(arguments: tuple[str, ...], s3_endpoint: str) -> None:
     absent = "s3://no-such-bucket-anywhere/out"
-    done = run_command("render", *[a if not a.startswith("output=") else f"output={absent}" for a in arguments])
+    done = run_command("render", *replaced(arguments, output=absent))
     assert done.returncode == 2, done.stderr
     assert "bucket must exist" in done.stderr and "Traceback" not in done.stderr

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from jobs.entry import compose_recipes
 from kernels.ops import reference_ops
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import RecipeConfig, StageConfig
@@ -17,11 +20,14 @@ from pipeline.engine.components.upsampler import load_latent_upsampler
 from pipeline.engine.components.video_vae import load_video_decoder, load_video_encoder
 from pipeline.engine.denoise import Scene, denoising
 from pipeline.engine.engine import Brief, Picture, RenderEngine
-from pipeline.engine.latents import add_noise, unpatchify_video
+from pipeline.engine.latents import add_noise, seeded_noise, unpatchify_video
 from pipeline.engine.text import TextConditioner
 from pipeline.geometry import PixelShape, latent_shape
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.checkpoint import CheckpointFile, load_denoiser
+
+# Of scale; the records allow 1e-3.
+BOUND = 5e-6
 
 
 class RecordedStates:
@@ -108,18 +114,19 @@ class TestDevInOnePass:
 
     @pytest.mark.parametrize("batch_passes", [True, False])
     def test_trap_28_every_step_is_the_references(self, engine_for, case, recipe, batch_passes):
-        engine, stage = engine_for(case), recipe.stages[0]
-        stage.batch_passes = batch_passes
+        # Under the record's own levels: the computed ones differ in the last bit, which shows in the fifth digit.
+        stage = replace(recipe.stages[0], schedule=None, sigmas=[*case["out.timesteps"].tolist(), 0.0])
+        engine, stage.batch_passes = engine_for(case), batch_passes
         shape, noise = latent_shape(PixelShape(9, 64, 96, 30.0)), recorded_draws(case)
         start = before = add_noise(engine._empty(shape), noise, 1.0)
         scene, levels = Scene(shape, engine._texts("positive", recipe)), stage.levels(shape.num_video_tokens)
         for index, step in enumerate(denoising(engine.denoiser, start, scene, stage, noise)):
             velocity = (before.video_BTC - step.clean.video_BTC) / levels[index]
-            case.assert_close(f"mid.step{index}.velocity", velocity)
-            case.assert_close(f"mid.step{index}.next", step.state.video_BTC)
+            case.assert_close(f"mid.step{index}.velocity", velocity, bound=BOUND)
+            case.assert_close(f"mid.step{index}.next", step.state.video_BTC, bound=BOUND)
             before = step.state
         assert index == 5
-        case.assert_close("out.latent", unpatchify_video(before.video_BTC, shape))
+        case.assert_close("out.latent", unpatchify_video(before.video_BTC, shape), bound=BOUND)
 
     def test_frames_are_the_references(self, engine_for, case, recipe, request_for):
         request = request_for(prompt="positive", width=96, height=64, grid_px=32, fps=30.0)
@@ -165,9 +172,9 @@ class TestDistilledMultiScale:
         brief = Brief(engine._texts("positive", recipe), PixelShape(9, 96, 192, 25.0), pictures=pictures)
         tokens = engine._denoised(engine._empty(shape), shape, first, brief, recorded_draws(case))
         latent = unpatchify_video(tokens.video_BTC, shape)
-        case.assert_close("mid.first_pass_latent", latent)
+        case.assert_close("mid.first_pass_latent", latent, bound=BOUND)
         # Recorded before its statistics are adapted; that shows in the frames.
-        case.assert_close("mid.upsampled", engine.upsampler.upsample(latent))
+        case.assert_close("mid.upsampled", engine.upsampler.upsample(latent), bound=BOUND)
 
     def test_frames_are_the_references(self, engine_for, case, recipe, pictures, request_for):
         request = request_for(prompt="positive", width=192, height=96, grid_px=32, fps=25.0)
@@ -178,3 +185,18 @@ class TestDistilledMultiScale:
         recipe.stages[1].adain = 0.0
         other = frames_of(engine_for(case).render(request, recipe, lambda stage: None, pictures=pictures))
         assert np.abs(other - expected).max() > 1, "the adapted statistics are part of what is compared"
+
+
+@pytest.mark.parametrize("name", ["ltxv_multi_scale_dev", "ltxv_multi_scale_distilled", "ltxv_one_pass"])
+def test_shipped_recipe_renders_on_a_tiny_model(engine_for, golden, request_for, name):
+    """With the last of the tiny model's three blocks where the recipe perturbs those of a published one."""
+    recipe = compose_recipes("render", [])[name]
+    for stage in recipe.stages:
+        for guidance in stage.guidance:
+            guidance.stg_blocks = [2 for _ in guidance.stg_blocks]
+    case = golden("e2e_ltxv_0_9_8/case_single_pass_dev_t2v")
+    engine = replace(engine_for(case), noise_for=seeded_noise)
+    request = request_for(prompt="positive", width=190, height=96, grid_px=recipe.grid_px)
+    assert recipe.grid_px == 32
+    frames = frames_of(engine.render(request, recipe, lambda stage: None))
+    assert frames.shape == (9, 96, 190, 3) and frames.std() > 1

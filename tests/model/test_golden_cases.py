@@ -55,11 +55,11 @@ def test_velocities_are_those_of_the_official_model(
     velocities = denoiser(case.video, case.audio, perturbations=case.perturbations)
     names = {"video": "out.velocity" if "ltxv" in folder else "out.video", "audio": "out.audio"}
     assert {names[n] for n, v in zip(names, velocities, strict=True) if v is not None} == {
-        key for key in case.expected if key.startswith("out.")
+        key for key in case.tensors if key.startswith("out.")
     }
     for name, velocity in zip(names, velocities, strict=True):
         if velocity is not None:
-            error = relative_error(velocity, case.expected[names[name]])
+            error = relative_error(velocity, case[names[name]])
             record_property(f"{name} error", f"{error:.1e}")
             assert error <= OUTPUT_BOUND
 
@@ -81,9 +81,9 @@ def test_every_block_yields_the_official_tokens(folder: str, load: Load, golden:
         for name, state in zip(("video", "audio"), states, strict=True):
             if state is not None:
                 key = f"mid.block.{index}" if folder in LTX_VIDEO else f"mid.block.{index}.{name}"
-                assert relative_error(state.x_BTD, case.expected[key]) <= OUTPUT_BOUND
+                assert relative_error(state.x_BTD, case[key]) <= OUTPUT_BOUND
                 compared += 1
-    assert compared == sum(key.startswith("mid.block.") for key in case.expected)
+    assert compared == sum(key.startswith("mid.block.") for key in case.tensors)
 
 
 @pytest.mark.parametrize("folder", WITH_EVERY_BLOCK)
@@ -96,15 +96,15 @@ def test_what_the_first_block_is_given_is_official(folder: str, load: Load, gold
     compared = 0
     for name, state in zip(("video", "audio"), given[0][:2], strict=True):
         for key, value in _inputs_of_first_block(state).items():
-            expected = case.expected[f"mid.pre.{name}.{key}"]
+            expected = case[f"mid.pre.{name}.{key}"]
             if "rope" in key:
                 assert value.shape == expected.shape
                 assert (value - expected).abs().max() <= ROTARY_BOUND, key
             else:
                 assert relative_error(value.expand_as(expected), expected) <= OUTPUT_BOUND, key
             compared += 1
-    unused_here = 0 if case.audio is not None else len(_exchange_keys(case.expected))
-    assert compared == sum(key.startswith("mid.pre.") for key in case.expected) - unused_here
+    unused_here = 0 if case.audio is not None else len(_exchange_keys(case.tensors))
+    assert compared == sum(key.startswith("mid.pre.") for key in case.tensors) - unused_here
 
 
 def _exchange_keys(expected: dict[str, Tensor]) -> list[str]:
@@ -143,8 +143,8 @@ def test_rotary_table_of_ltx_video_is_official(folder: str, load: Load, golden: 
     for ours_BHTP, key in ((table.cos_BHTP, "mid.rope_cos"), (table.sin_BHTP, "mid.rope_sin")):
         # Recorded once for each of the two channels of a pair, all heads side by side.
         theirs_BTD = ours_BHTP.repeat_interleave(2, dim=-1).transpose(1, 2).flatten(2)
-        assert theirs_BTD.shape == case.expected[key].shape
-        assert (theirs_BTD - case.expected[key]).abs().max() <= ROTARY_BOUND
+        assert theirs_BTD.shape == case[key].shape
+        assert (theirs_BTD - case[key]).abs().max() <= ROTARY_BOUND
 
 
 def test_bfloat16_weights_stay_close_to_float32_even_under_masks(
@@ -154,7 +154,7 @@ def test_bfloat16_weights_stay_close_to_float32_even_under_masks(
     half = _copy_in_bfloat16(av_denoiser)
     for got, name in zip(half(case.video, case.audio), ("video", "audio"), strict=True):
         assert got.dtype == torch.bfloat16
-        assert relative_error(got.float(), case.expected[f"out.{name}"]) <= 3e-2
+        assert relative_error(got.float(), case[f"out.{name}"]) <= 3e-2
 
 
 def _copy_in_bfloat16(denoiser: AudioVideoDenoiser) -> AudioVideoDenoiser:

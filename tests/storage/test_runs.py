@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UsageError, WorkerLost
-from pipeline.storage import local_store, runs
+from pipeline.storage import runs
 from pipeline.storage.local_store import LocalStore
+from pipeline.storage.processes import writer
 from pipeline.storage.runs import RunFolder, close_dead_runs, read_events, read_run
 from pipeline.storage.store import Store
 from pipeline.storage.tables import read_ledger
@@ -123,6 +125,26 @@ def test_a_dead_run_is_closed_with_an_unknown_tail_and_its_attempts_are_swept(st
     assert store.folders("_attempts") == []
 
 
+def test_a_worker_whose_release_was_written_but_not_the_last_of_its_ledger_gets_that_tail(
+    store: Store, dead: RunFolder
+) -> None:
+    """A worker dies, its seat is written as released, and the driver is killed before it writes the ledger."""
+    dead.set_workers([replace(seat(), released_ns=5 * S)])
+    close_dead_runs(store, 100 * S, cost_of, "run-2")
+    tail = read_ledger(store, "run-1")[-1]
+    assert (tail.state, tail.t0_ns, tail.t1_ns) == ("unknown", 4 * S, 5 * S)
+    assert read_run(store, "run-1")["workers"][0]["released_ns"] == 5 * S
+
+
+def test_a_worker_that_the_dead_driver_closed_stays_as_it_is(store: Store, dead: RunFolder) -> None:
+    lost = replace(entry("denoise", 4, 5), state="unknown")
+    dead.set_workers([replace(seat(), released_ns=5 * S)])
+    dead.write_ledger([entry("denoise", 3, 4, "row-0", 1), lost], [], 5 * S)
+    before = read_ledger(store, "run-1")
+    close_dead_runs(store, 100 * S, cost_of, "run-2")
+    assert read_ledger(store, "run-1") == before and before[-1] == lost
+
+
 def test_closing_twice_changes_nothing(store: Store, dead: RunFolder) -> None:
     """A driver that is killed while it closes another's run leaves work that the next one does the same way."""
     close_dead_runs(store, 100 * S, cost_of, "run-2")
@@ -152,7 +174,7 @@ def test_half_written_files_are_swept_when_their_writer_is_gone_or_they_are_old(
     store = LocalStore(tmp_path)
     attempts = tmp_path / "_attempts"
     attempts.mkdir()
-    mine, machine = local_store._writer(), local_store._writer().partition("-")[0]
+    mine, machine = writer(), writer().partition("-")[0]
     names = {f".{mine}-a": True, f".{machine}-1-0-b": False, ".elsewhere-1-0-c": True, ".elsewhere-1-0-old": False}
     for name in names:
         (attempts / name).write_bytes(b"half")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +23,7 @@ from pipeline.storage import local_store, object_store
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.store import Store, open_store
+from tests.conftest import s3_at
 
 
 def test_bytes_and_files_are_created_once_and_replaced_whole(store: Store, tmp_path: Path) -> None:
@@ -54,14 +62,71 @@ def test_a_store_that_can_be_written_is_prepared_without_a_trace(store: Store) -
     assert store.folders("_attempts") == [] and store.sizes("_attempts") == {}
 
 
-def test_a_bucket_without_conditional_puts_is_refused_at_the_start(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def in_front_of(url: str, answer: str) -> Iterator[str]:
+    """A server that passes on to the one at `url`, but for conditional puts: it forgets the condition, or refuses."""
+
+    class Front(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if answer != "forgets" and "If-None-Match" in self.headers:
+                status, code = answer.split()
+                return self.reply(int(status), f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+            headers = {name: value for name, value in self.headers.items() if name != "If-None-Match"}
+            request = urllib.request.Request(url + self.path, body or None, headers, method=self.command)
+            try:
+                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as passed:
+                    self.reply(passed.status, passed.read())
+            except urllib.error.HTTPError as error:
+                self.reply(error.code, error.read())
+
+        do_GET = do_HEAD = do_DELETE = do_POST = do_PUT
+
+        def reply(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Front) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("forgets", "output must be in a store with conditional puts .*, which overwrote a file; use one that has"),
+        ("501 NotImplemented", "output must be in a store with conditional puts .*, which answered: .* no; use one"),
+        ("403 InvalidAccessKeyId", "must be permitted, got: no; check the credentials"),
+    ],
+    ids=["forgets", "501", "403"],
+)
+def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(
+    bucket: str, s3_endpoint: str, answer: str, says: str
 ) -> None:
-    store = ObjectStore(bucket)
-    put = store._fs.pipe_file
-    monkeypatch.setattr(store._fs, "pipe_file", lambda path, content, mode=None: put(path, content))
-    with pytest.raises(UsageError, match="must be in a store with conditional puts"):
-        store.prepare()
+    with in_front_of(s3_endpoint, answer) as url, s3_at(url):
+        begin = time.monotonic()
+        with pytest.raises(UsageError, match=says) as caught:
+            ObjectStore(bucket).prepare()
+    assert time.monotonic() - begin < 10 and "\n" not in str(caught.value)
+
+
+def test_a_large_file_goes_up_in_parts_and_is_created_once_too(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, source = ObjectStore(bucket), tmp_path / "source"
+    source.write_bytes(b"x" * 11 * 2**20)
+    monkeypatch.setattr(store._fs, "put_file", partial(store._fs.put_file, chunksize=5 * 2**20))
+    assert [store.create("big", source) for _ in range(2)] == [True, False]
+    assert store.size("big") == 11 * 2**20
+    assert store._fs.info(f"{bucket}/big")["ETag"].endswith('-3"'), "it went up in three parts"
+    assert store._fs.list_multipart_uploads(bucket.removeprefix("s3://")) == []
 
 
 def test_no_such_bucket_and_no_credentials_are_usage(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import CREDENTIALS, free_port, make_bucket
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 60
+AWS = (*CREDENTIALS, "AWS_ENDPOINT_URL")
 # Small enough that a clip takes a fraction of a second.
 CLIP = {"width": 64, "height": 64, "num_frames": 9}
 
@@ -38,21 +43,60 @@ class Head:
     token: str
     model_folder: Path
 
-    def command(self, output: Path, *arguments: str) -> list[str]:
+    def command(self, output: Path | str, *arguments: str) -> list[str]:
         base = [f"address={self.address}", f"output={output}", f"model.folder={self.model_folder}"]
         return [sys.executable, "-m", "jobs.submit", *base, *arguments]
 
-    def submit(self, output: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    def submit(self, output: Path | str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(output, *arguments), cwd=ROOT, env={**self.environ, **environ}, text=True,
-            capture_output=True, timeout=60, check=False,
+            capture_output=True, timeout=100, check=False,
         )  # fmt: skip
 
-    def request(self, method: str, path: str) -> bytes:
-        headers = {"Authorization": f"Bearer {self.token}"}
-        request = urllib.request.Request(f"{self.address}{path}", method=method, headers=headers)
+    def request(self, method: str, path: str, **fields: Any) -> bytes:
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        body = json.dumps(fields).encode() if fields else None
+        request = urllib.request.Request(f"{self.address}{path}", body, headers, method=method)
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
             return bytes(answer.read())
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Meanwhile somebody else's job holds both CPUs of the head node."""
+        job_id = f"neighbour-{uuid.uuid4().hex[:8]}"
+        self.request("POST", "/api/jobs/", entrypoint="sleep 600", submission_id=job_id, entrypoint_num_cpus=2)
+        end = time.monotonic() + 30
+        while b'"RUNNING"' not in self.request("GET", f"/api/jobs/{job_id}"):
+            assert time.monotonic() < end, "the neighbour did not start"
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            self.request("POST", f"/api/jobs/{job_id}/stop")
+
+
+@dataclass(frozen=True)
+class InBucket:
+    """Renders submitted to `head` with everything in a bucket, whose credentials the job alone is given."""
+
+    head: Head
+    bucket: str
+    model_folder: str
+    folder: Path
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {name: os.environ[name] for name in AWS}
+
+    def manifest(self, rows: Sequence[dict[str, Any]], name: str = "prompts.parquet") -> str:
+        fsspec.filesystem("s3").put(str(write_manifest(self.folder / name, rows)), f"{self.bucket}/{name}")
+        return f"manifest={self.bucket}/{name}"
+
+    def settings(self, *arguments: str) -> tuple[str, ...]:
+        return (f"{self.bucket}/out", f"model.folder={self.model_folder}", f"env=[{','.join(AWS)}]", *arguments)
+
+    def submit(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return self.head.submit(*self.settings(*arguments), **self.environ, **environ)
 
 
 def small_rows(count: int) -> list[dict[str, Any]]:
@@ -65,15 +109,9 @@ def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _user(home: Path) -> dict[str, str]:
-    """The environment of a user at `home` without any setting of Ray; jobs find this Python as `python`."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    """The environment of a user at `home` without any setting of Ray or S3; jobs find this Python as `python`."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', '')}"
     return {**environ, "HOME": str(home), "PYTHONUNBUFFERED": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
@@ -93,10 +131,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
     # Sockets lie in it, whose paths may have 107 characters at most.
     temporary = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
-    port, gcs_port = _free_port(), _free_port()
+    port, gcs_port = free_port(), free_port()
     arguments = ["--head", f"--port={gcs_port}", f"--dashboard-port={port}", f"--temp-dir={temporary}",
-                 "--num-cpus=2", "--block", f"--dashboard-agent-listen-port={_free_port()}",
-                 f"--ray-client-server-port={_free_port()}",
+                 "--num-cpus=2", "--block", f"--dashboard-agent-listen-port={free_port()}",
+                 f"--ray-client-server-port={free_port()}",
                  "--include-dashboard=true", "--object-store-memory=100000000", "--disable-usage-stats"]  # fmt: skip
     with (home / "head.log").open("w") as log:
         process = subprocess.Popen([ray, "start", *arguments], env=environ, stdout=log, stderr=log,
@@ -107,6 +145,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield head
     finally:
         _end(process, temporary)
+
+
+@pytest.fixture(scope="session")
+def model_in_bucket(head: Head, s3_endpoint: str) -> str:
+    folder = f"{make_bucket()}/nano"
+    fsspec.filesystem("s3").put(f"{head.model_folder}/", f"{folder}/", recursive=True)
+    return folder
+
+
+@pytest.fixture
+def in_bucket(head: Head, bucket: str, model_in_bucket: str, tmp_path: Path) -> InBucket:
+    return InBucket(head, bucket, model_in_bucket, tmp_path)
 
 
 def _wait_until_ready(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
