@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.jobs import RenderJob, ReportJob, StageWeightsJob, SubmitJob
+from pipeline.config.jobs import BenchJob, RenderJob, ReportJob, StageWeightsJob, SubmitJob
 from pipeline.config.recipe import RecipeConfig
 from pipeline.config.tree import from_tree, leaf_keys, set_verbatim, yaml_text
 from pipeline.errors import PipelineError, UsageError
@@ -33,8 +33,9 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 VERBATIM_KEYS = (
     "manifest", "output", "report", "run", "ids", "run_id",
     "model.folder", "model.checkpoint", "model.text_encoder", "model.spatial_upscaler",
-    "address", "submission_id",
+    "address", "submission_id", "folder", "results",
 )  # fmt: skip
+VERBATIM_GROUPS = ("model.sources.", "model.adapters.", "model.cameras.")
 FLAGS = ("--help", "-h", "--cfg")
 T = TypeVar("T")
 EXIT_BUG = 1
@@ -105,11 +106,11 @@ class _Hydra:
 def _composed(schema: type[T], name: str, argv: list[str]) -> T:
     given = [argument.split("=", 1) for argument in _settings(argv)]
     try:
-        tree = compose(name, [f"{key}={value}" for key, value in given if key not in VERBATIM_KEYS])
+        tree = compose(name, [f"{key}={value}" for key, value in given if not _is_verbatim(key)])
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise UsageError(_one_line(error)) from error
     for key, value in given:
-        if key in VERBATIM_KEYS:
+        if _is_verbatim(key):
             set_verbatim(tree, key, _ids(value) if key == "ids" else value)
     if {"--help", "-h"} & set(argv):
         _exit_after(_help_text(name, tree))
@@ -119,6 +120,10 @@ def _composed(schema: type[T], name: str, argv: list[str]) -> T:
     assert isinstance(job, schema)
     log_to_stderr(level=getattr(job, "log_level", "warning"))
     return job
+
+
+def _is_verbatim(key: str) -> bool:
+    return key in VERBATIM_KEYS or key.startswith(VERBATIM_GROUPS)
 
 
 def _settings(argv: list[str]) -> list[str]:
@@ -134,7 +139,10 @@ def _ids(text: str) -> list[str]:
 
 def _check_keys(name: str, arguments: list[str]) -> None:
     """Refuse a misspelt key with the nearest valid one; Hydra's own message names no alternative."""
-    valid = [*leaf_keys(compose(name)), *_groups()]
+    # A model has keys of its own, such as those of its sources.
+    tree = compose(name)
+    choices = {f"{group}={member}" for group in _groups() if group in tree for member in _members(group)}
+    valid = [*leaf_keys(compose(name, [argument for argument in arguments if argument in choices])), *_groups()]
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
@@ -143,7 +151,7 @@ def _check_keys(name: str, arguments: list[str]) -> None:
             near = difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise UsageError(f"{key!r} is not a setting of jobs.{name}; {hint}")
-        if not value and key in VERBATIM_KEYS:
+        if not value and _is_verbatim(key):
             raise UsageError(f"{key} must not be empty, got {argument!r}; is a shell variable unset?")
 
 
@@ -184,4 +192,6 @@ def _exit_after(text: str) -> None:
     raise SystemExit(0)
 
 
-__all__ = ["RenderJob", "ReportJob", "StageWeightsJob", "SubmitJob", "compose_job", "compose_recipes", "run_job"]
+__all__ = [
+    "BenchJob", "RenderJob", "ReportJob", "StageWeightsJob", "SubmitJob", "compose_job", "compose_recipes", "run_job",
+]  # fmt: skip

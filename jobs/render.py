@@ -48,7 +48,7 @@ def _staged(job: RenderJob) -> str:
     except UsageError:
         if not job.model.built_here or not is_local(job.model.folder):
             raise
-        return stage_model(job.model)
+        return stage_model(job.model, {})
 
 
 def _stop_on_signals() -> StopRequest:

@@ -7,6 +7,7 @@ Does not choose items, retry, or write tables.
 from __future__ import annotations
 
 import logging
+import resource
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -96,6 +97,8 @@ class ClipWorker:
     recipes: Mapping[str, ClipRecipe]
     facts: RunFacts
     now_ns: Callable[[], int]
+    # The most device memory in use since the last call, in bytes; None where there is no device.
+    take_peak_gpu_bytes: Callable[[], int | None]
 
     def execute(self, item: WorkItem) -> Outcome:
         """Render and commit one item. Never raises for what the item, its files or the store did."""
@@ -131,6 +134,7 @@ class ClipWorker:
     def _render(self, item: WorkItem, attempt: _Attempt, stem: Path) -> Rendered:
         request, clip = item.request, self.recipes[item.request.recipe]
         video, thumbnail = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg"))
+        self.take_peak_gpu_bytes()
         streams = self.engine.render(request, clip.recipe, attempt.enter)
         assert streams.waveform is not None and streams.sample_rate_hz is not None, "models without sound come next"
         written = write_clip(
@@ -154,6 +158,8 @@ class ClipWorker:
             timings=attempt.timings(written.encode_busy_s),
             started_ns=attempt.started_ns,
             finished_ns=self.now_ns(),
+            peak_gpu_memory_bytes=self.take_peak_gpu_bytes(),
+            peak_host_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         record = commit_record(rendered, self.meter.attempt_entries(), self.facts)
         standing = self.store.commit(item.key, record)

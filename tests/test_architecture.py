@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.assembly.worker_side": {"pipeline.config", "pipeline.worker", "pipeline.engine", "pipeline.model",
                                       "kernels.ops", "pipeline.storage.assets", "pipeline.storage.models",
                                       "pipeline.storage.store", "pipeline.cost.meter",
-                                      "pipeline.records", "pipeline.media.mux"},
+                                      "pipeline.records", "pipeline.media.mux", "pipeline.errors"},
     "pipeline.assembly.driver_side": {"pipeline.config", "pipeline.planning", "pipeline.storage", "pipeline.cost",
                                       "pipeline.cluster", "pipeline.records", "pipeline.errors",
                                       "pipeline.report.rebuild", "pipeline.assembly.worker_side"},
@@ -69,8 +69,11 @@ MAY_IMPORT: dict[str, set[str]] = {
                     "pipeline.storage.filesystem", "pipeline.planning.reach"},
     "jobs.report": {"pipeline.config", "pipeline.errors", "pipeline.report.rebuild", "pipeline.storage.store"},
     "jobs.submit": {"pipeline.config", "pipeline.errors", "pipeline.planning.reach"},
-    "jobs.stage_weights": {"pipeline.config", "pipeline.errors", "pipeline.storage.models",
+    "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.storage.hub",
                            "pipeline.storage.filesystem", "pipeline.engine.nano"},
+    # Runs jobs.render as a process of its own and reads what it left; writes model files to measure with.
+    "jobs.bench": {"pipeline.config", "pipeline.errors", "pipeline.storage", "pipeline.media.probe",
+                   "pipeline.engine.nano", "pipeline.engine.random_weights"},
 }  # fmt: skip
 
 # library -> the only modules that may import it.
@@ -96,6 +99,7 @@ FENCES: dict[str, tuple[str, ...]] = {
 FUNCTION_IMPORTS = {
     "pipeline.assembly.driver_side": "the worker factory and the Ray pool: torch loads in workers, ray when asked for",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
+    "jobs.bench": "the writer of random weights: torch loads only when there is something to write",
 }
 
 

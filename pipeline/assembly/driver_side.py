@@ -29,7 +29,7 @@ from pipeline.config.tree import to_plain
 from pipeline.cost.allocation import Allocation, allocate
 from pipeline.cost.meter import Meter, utc_clock
 from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.errors import Interrupted, PipelineError, UsageError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.plan import Plan, Planner, Selection
 from pipeline.planning.policy import Admission
@@ -308,7 +308,9 @@ def _exit_code(rows: list[dict[str, Any]], ending: Ending) -> int:
 def _say_why(ending: Ending) -> None:
     error: PipelineError | None = ending.stopped_by
     if error is not None:
-        if error.__cause__ is not None and not isinstance(error.__cause__, PipelineError):
+        # What to change about a setting or a file is in the message; where it was noticed helps nobody.
+        is_puzzle = not isinstance(error, UsageError)
+        if is_puzzle and error.__cause__ is not None and not isinstance(error.__cause__, PipelineError):
             with suppress(OSError):
                 traceback.print_exception(error.__cause__)
         say(sys.stderr, f"error: {error}")

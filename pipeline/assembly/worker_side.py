@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from kernels.ops import device_ops
 from pipeline.config.jobs import RenderJob
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
 from pipeline.engine.loading import load_engine
+from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
 from pipeline.records.outcome import RunFacts
 from pipeline.storage.assets import AssetStore
@@ -26,6 +29,8 @@ def build_worker(
     Raises UsageError (CheckpointMismatch) when the model's files are not what the configuration says.
     """
     meter.enter("weight_load")
+    if job.cluster.gpu_memory_limit_gb is not None:
+        _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
     store = open_store(job.output)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
     engine = load_engine(model, job.precision, device=device, ops=device_ops(device))
@@ -37,7 +42,24 @@ def build_worker(
         recipes={name: _clip_recipe(recipe) for name, recipe in recipes.items()},
         facts=facts,
         now_ns=meter.now_ns,
+        take_peak_gpu_bytes=_take_peak_gpu_bytes if device == "cuda" else lambda: None,
     )
+
+
+def _limit_gpu_memory(limit_gb: float, device: str) -> None:
+    """Let this process allocate `limit_gb` on its GPU at most, as on a smaller one."""
+    if device != "cuda":
+        raise UsageError(f"cluster.gpu_memory_limit_gb must be left out on {device}, got {limit_gb}; leave it out")
+    total_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if limit_gb > total_gb:
+        raise UsageError(f"cluster.gpu_memory_limit_gb must be at most {total_gb:.1f}, got {limit_gb}; leave it out")
+    torch.cuda.set_per_process_memory_fraction(limit_gb / total_gb)
+
+
+def _take_peak_gpu_bytes() -> int:
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return int(peak)
 
 
 def _clip_recipe(recipe: RecipeConfig) -> ClipRecipe:

@@ -39,6 +39,8 @@ class ClusterConfig:
     # The nano model on one thread of a 2-core machine took 11 times as long as 0.05 TFLOP/s says (2026-11-20).
     assumed_cpu_tflops: float = 0.0045
     assumed_gpu_tflops: float = 400.0
+    # A worker may use so much of its GPU's memory (1e9 bytes) and no more, to try what a smaller GPU would hold.
+    gpu_memory_limit_gb: float | None = None
     # Every node sees `output` under the same path (NFS, say), so it may be a plain path on several nodes.
     shared_output: bool = False
 
@@ -51,6 +53,8 @@ class ClusterConfig:
             ok = self.num_workers == 1 or self.pool == "ray"
             require(ok, "cluster.num_workers", "1 in one process", self.num_workers, "use cluster=local for more")
         require(self.start_timeout_s > 0, "cluster.start_timeout_s", "above 0", self.start_timeout_s, "use 60")
+        limit = self.gpu_memory_limit_gb
+        require(limit is None or limit > 0, "cluster.gpu_memory_limit_gb", "above 0", limit, "leave it out")
         for name in ("assumed_cpu_tflops", "assumed_gpu_tflops"):
             require(getattr(self, name) > 0, f"cluster.{name}", "above 0", getattr(self, name), "leave it out")
 

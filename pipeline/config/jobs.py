@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 import re
 from dataclasses import dataclass, field
@@ -95,7 +96,22 @@ class StageWeightsJob:
     """Everything `jobs.stage_weights` reads."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    # Print the files of the model's sources with their sizes, and fetch nothing.
+    list: bool = False
+    # Adapters and camera moves to fetch as well, by name; [all] for all. (Within this class `list` is the field above.)
+    extras: builtins.list[str] = field(default_factory=builtins.list)
     log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.extras) - self.model.extras().keys() - {"all"})
+        names = ", ".join([*self.model.extras(), "all"])
+        require(not unknown, "extras", f"names of {self.model.name}'s adapters and cameras", unknown, f"use {names}")
+
+    @property
+    def chosen_extras(self) -> dict[str, str]:
+        """The files of `extras` by name."""
+        available = self.model.extras()
+        return available if "all" in self.extras else {name: available[name] for name in self.extras}
 
 
 @dataclass
@@ -118,3 +134,20 @@ class SubmitJob:
             ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.submission_id) is not None
             way_out = "leave it out for a fresh one"
             require(ok, "submission_id", "letters, digits, '.', '_' and '-'", self.submission_id, way_out)
+
+
+@dataclass
+class BenchJob:
+    """What `jobs.bench` reads itself; `clip` hands every other argument to `jobs.render`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # Where the model's files are written or lie; the model's own folder if left out.
+    folder: str | None = None
+    output: str = "outputs/bench"
+    width: int = 1920
+    height: int = 1088
+    num_frames: int = 121
+    # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out.
+    gpu_memory_limit_gb: float | None = None
+    # A folder; each kind of measurement adds its rows to a file of its name.
+    results: str = "tests/bench/results"

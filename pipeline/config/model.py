@@ -38,6 +38,10 @@ class DenoiserSize:
     decode_flops_per_pixel: float = 0.0
 
 
+# Which noise level gates what one stream takes from the other; the releases of the reference differ in it.
+EXCHANGE_TIMESTEPS = ("1.2.0", "1.0.0", "first")
+
+
 @dataclass
 class Tuning:
     """Numbers of published recipes that differ from model to model; the recipes refer to them."""
@@ -57,9 +61,16 @@ class ModelConfig:
     checkpoint: str = ""
     text_encoder: str = ""
     spatial_upscaler: str = ""
-    # Files of adapters (LoRA) by the name under which a recipe's stage asks for one.
+    # Weights that recipes and rows may add, by name: adapters, and those that move the camera.
     adapters: dict[str, str] = field(default_factory=dict)
+    cameras: dict[str, str] = field(default_factory=dict)
+    # Where jobs.stage_weights fetches a part from, by the part's name: `checkpoint`, `text_encoder`,
+    # `spatial_upscaler`, an adapter, a camera move, or `text_encoder/tokenizer` for a folder within a part. A path or a
+    # URI: hf://<owner>/<repository>[@<revision>]/<file or folder>, s3://...
+    sources: dict[str, str] = field(default_factory=dict)
     license: str = ""
+    has_audio: bool = True
+    exchange_timesteps: str = "1.2.0"
     # Where a worker keeps its copy of a model whose folder is in a bucket.
     cache: str = "~/.cache/ltx-render-farm"
     # True only for the toy-width model, whose files this project builds itself.
@@ -67,6 +78,25 @@ class ModelConfig:
     clip: ClipDefaults = field(default_factory=ClipDefaults)
     size: DenoiserSize = field(default_factory=DenoiserSize)
     tuning: Tuning = field(default_factory=Tuning)
+
+    def __post_init__(self) -> None:
+        rules = ", ".join(EXCHANGE_TIMESTEPS)
+        ok = self.exchange_timesteps in EXCHANGE_TIMESTEPS
+        require(ok, "model.exchange_timesteps", f"one of {rules}", self.exchange_timesteps, 'use "1.2.0"')
+        both = sorted(self.adapters.keys() & self.cameras.keys())
+        require(not both, "model.adapters and model.cameras", "of different names", both, "rename one")
+        known = {*self.parts(), *self.extras()}
+        unknown = sorted(name for name in self.sources if name.split("/")[0] not in known)
+        require(not unknown, "model.sources", "of parts of the model", unknown, f"use {', '.join(sorted(known))}")
+
+    def parts(self) -> dict[str, str]:
+        """The files and folders that every clip needs, by part; they are the model's fingerprint."""
+        names = ("checkpoint", "text_encoder", "spatial_upscaler")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    def extras(self) -> dict[str, str]:
+        """The files that only some recipes and rows need, by name."""
+        return {**self.adapters, **self.cameras}
 
 
 @dataclass

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -26,6 +27,8 @@ from pipeline.engine.text import TextConditioner
 from pipeline.errors import CheckpointMismatch, UsageError
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.checkpoint import CheckpointFile, denoiser_tensors, load_denoiser, read_hparams
+from pipeline.model.dtypes import require_usable_dtypes
+from pipeline.model.hparams import ExchangeTimesteps
 
 log = logging.getLogger("pipeline.engine")
 
@@ -54,6 +57,7 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
     folder, dtype = Path(model.folder), _DTYPES[precision.dtype]
     checkpoint = CheckpointFile(folder / model.checkpoint)
     _require_size(model, checkpoint)
+    require_usable_dtypes(checkpoint.path, checkpoint.tensor_specs())
     _require_all_tensors_known(checkpoint)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 
@@ -66,13 +70,15 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
     upsampler = None
     if upscaler is not None:
         upsampler = load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
-    denoiser = load_denoiser(checkpoint, ops, device, dtype)
+    # The settings know no other rules than the model does (`EXCHANGE_TIMESTEPS`).
+    rule = cast(ExchangeTimesteps, model.exchange_timesteps)
+    denoiser = load_denoiser(checkpoint, ops, device, dtype, exchange_timesteps=rule)
     has_audio = denoiser.hparams.audio is not None
     engine = RenderEngine(
         text=TextConditioner(encoder, connectors),
         denoiser=denoiser,
         fused=FusedAdapters(denoiser, checkpoint, dtype),
-        adapter_files={name: str(folder / file) for name, file in model.adapters.items()},
+        adapter_files={name: str(folder / file) for name, file in model.extras().items()},
         upsampler=upsampler,
         video_encoder=load_video_encoder(checkpoint, device=device, dtype=dtype),
         video_decoder=video_decoder,

@@ -123,7 +123,11 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A clip that is committed. `adopted_from` names the run whose record won, if it was not this attempt's."""
+    """A clip that is committed. `adopted_from` names the run whose record won, if it was not this attempt's.
+
+    Peaks: of device memory in use during the attempt (None on CPU); of the worker's resident host memory since its
+    start, which holds the weights it mapped while loading.
+    """
 
     item: WorkItem
     asset: ClipAsset
@@ -132,6 +136,7 @@ class Rendered:
     finished_ns: int
     adopted_from: str | None = None
     peak_gpu_memory_bytes: int | None = None
+    peak_host_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +233,7 @@ def rendered_row(rendered: Rendered, facts: RunFacts) -> dict[str, Any]:
         attempts=rendered.item.attempt,
         rendered_by_run=rendered.adopted_from or facts.run_id,
         peak_gpu_memory_bytes=rendered.peak_gpu_memory_bytes,
+        peak_host_memory_bytes=rendered.peak_host_memory_bytes,
         started_at=timestamp(rendered.started_ns),
         finished_at=timestamp(rendered.finished_ns),
     )
@@ -242,6 +248,7 @@ def recovered_row(item: WorkItem, record: Mapping[str, Any], facts: RunFacts) ->
         attempts=record["attempt"],
         rendered_by_run=record["run_id"],
         peak_gpu_memory_bytes=record["peak_gpu_memory_bytes"],
+        peak_host_memory_bytes=record.get("peak_host_memory_bytes"),
         **{name: datetime.fromisoformat(record[name]) for name in ("started_at", "finished_at")},
     )
     return row

@@ -51,7 +51,7 @@ def expand(uri: str, *, suffix: str, what: str) -> list[str]:
     Inside a folder, names that begin with `_` or `.` are skipped, as readers of Parquet data sets do.
     """
     try:
-        fs, path = _filesystem_of(uri)
+        fs, path = filesystem_of(uri)
         if glob.has_magic(path) and not fs.exists(path):
             fixed = path[: re.search(r"[*?[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
             found = [str(p) for p in fs.glob(path) if str(p).endswith(suffix) and not _is_hidden(str(p)[len(fixed) :])]
@@ -70,7 +70,7 @@ def expand(uri: str, *, suffix: str, what: str) -> list[str]:
     return sorted(found) if is_local(uri) else [fs.unstrip_protocol(p) for p in sorted(found)]
 
 
-def _filesystem_of(uri: str) -> tuple[Any, str]:
+def filesystem_of(uri: str) -> tuple[Any, str]:
     """The fsspec file system of `uri` and the path in it.
 
     A local path goes straight to the local one: `::` in it would mean a chain to fsspec, and a file URI is
@@ -90,7 +90,7 @@ def _is_hidden(relative: str) -> bool:
 def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
     """Open `uri` for reading bytes; UsageError if that is not possible."""
     try:
-        fs, path = _filesystem_of(uri)
+        fs, path = filesystem_of(uri)
         stream: Any = fs.open(path, "rb")
     except Exception as error:
         raise UsageError(f"{uri} must be readable, got: {error}; check the path and its permissions") from error
@@ -100,7 +100,7 @@ def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
 
 def size_of(uri: str) -> int | None:
     """Size in bytes of a file, or None if there is none; UsageError if the place cannot be looked at."""
-    fs, path = _filesystem_of(uri)
+    fs, path = filesystem_of(uri)
     try:
         return int(fs.size(path))
     except FileNotFoundError:

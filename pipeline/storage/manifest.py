@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -138,6 +139,12 @@ def open_manifest(uri: str) -> Manifest:
                             f"and {column.type} in {file}; write the files with one schema"
                         )
     return Manifest(uri, tuple(files), num_rows, digest.hexdigest(), tuple(x_columns.values()))
+
+
+def write_manifest(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `rows` (columns by name, the same in each) as a manifest on a local disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)
 
 
 def _check_columns(file: str, schema: pa.Schema) -> None:

@@ -38,25 +38,32 @@ SIDECAR = "fingerprint.{model}.json"
 PART_PREFIX = ".part-"
 
 
-def stage(folder: Path, model: str, parts: Mapping[str, str]) -> str:
+def stage(
+    folder: Path, model: str, parts: Mapping[str, str], extras: Mapping[str, str], known: Mapping[str, str]
+) -> str:
     """Hash the files of `parts` (part -> file or folder, relative to `folder`) into a sidecar; returns the fingerprint.
 
-    Raises UsageError that names every part that is missing.
+    `extras` are in the sidecar and no part of the fingerprint, so that adding an adapter renders nothing again. `known`
+    holds the sha256 of files that were hashed a moment ago, by path relative to `folder`. Raises UsageError that names
+    every part that is missing.
     """
-    missing = [f"{part} {folder / name}" for part, name in parts.items() if not (folder / name).exists()]
+    everything = {**parts, **extras}
+    missing = [f"{part} {folder / name}" for part, name in everything.items() if not (folder / name).exists()]
     if missing:
         raise UsageError(
             f"model {model} must have all its files, missing: {', '.join(missing)}; see conf/model/{model}.yaml"
         )
     hashes: dict[str, str] = {}
     files: dict[str, dict[str, Any]] = {}
-    for part, name in parts.items():
+    for part, name in everything.items():
         base = folder / name
         for file in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]:
-            digest = sha256_of(file)
-            # The fingerprint is of contents: where the files lie and what the checkpoint file is called is no part.
-            hashes[f"{part}/{file.relative_to(base).as_posix()}"] = digest
-            files[str(Path(name) / file.relative_to(base))] = {"sha256": digest, "size_bytes": file.stat().st_size}
+            path = str(Path(name) / file.relative_to(base))
+            digest = known.get(path) or sha256_of(file)
+            files[path] = {"sha256": digest, "size_bytes": file.stat().st_size}
+            if part in parts:
+                # The fingerprint is of contents: where files lie and what the checkpoint file is called is no part.
+                hashes[f"{part}/{file.relative_to(base).as_posix()}"] = digest
     whole = json.dumps(hashes, sort_keys=True, separators=(",", ":"))
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()
     sidecar = {"model": model, "fingerprint": fingerprint, "files": files}
@@ -70,6 +77,11 @@ def fingerprint(folder: str, model: str) -> str:
     Raises NotStaged if it has no sidecar, UsageError if its files are not those that were hashed.
     """
     return str(_sidecar(folder, model)["fingerprint"])
+
+
+def staged_bytes(folder: str, model: str) -> int:
+    """Size in bytes of all staged files of the model; raises as `fingerprint` does."""
+    return sum(int(facts["size_bytes"]) for facts in _sidecar(folder, model)["files"].values())
 
 
 def local_copy(folder: str, model: str, cache: Path) -> Path:
@@ -118,8 +130,7 @@ def _sweep_parts(target: Path) -> None:
 
 
 def _sidecar(folder: str, model: str) -> dict[str, Any]:
-    way_out = f"run: python -m jobs.stage_weights model={model} model.folder="
-    way_out += folder if is_local(folder) else f"FOLDER with a FOLDER on a disk, and copy that to {folder}"
+    way_out = f"run: python -m jobs.stage_weights model={model} model.folder={folder}"
     where = f"{folder.rstrip('/')}/{SIDECAR.format(model=model)}"
     if size_of(where) is None:
         raise NotStaged(f"model {model} must be staged, got no {where}; {way_out}")

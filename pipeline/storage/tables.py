@@ -58,6 +58,7 @@ RESULTS_SCHEMA = pa.schema(
             "gpu_seconds",
         )),
         ("peak_gpu_memory_bytes", pa.int64()),
+        ("peak_host_memory_bytes", pa.int64()),
         *((name, pa.float64()) for name in (
             "energy_j", "cost_usd", "cost_loaded_usd", "estimated_gpu_seconds", "estimated_cost_usd",
         )),

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.end_to_end.checker import check_output, results_of, runs_of
 from tests.end_to_end.conftest import Render, run_command, small_rows
+from tests.golden import GoldenFolders
 
 Manifest = Callable[[list[dict[str, Any]]], Path]
 
@@ -126,6 +128,62 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_any_row(
                        f"model.folder={folder}")  # fmt: skip
     assert_refused(done, "nano.safetensors", *parts)
     assert {row["status"] for row in results_of(runs_of(tmp_path / "out")[0])} == {"not_started"}
+
+
+def of_another_model(path: Path, fixtures: GoldenFolders) -> None:
+    shutil.copy(fixtures / "dit_ltxv_0_9_8_2b" / "model.safetensors", path)
+
+
+def cut_short(path: Path, fixtures: GoldenFolders) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def without_metadata(path: Path, fixtures: GoldenFolders) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    save_file(tensors, path)
+
+
+def as_it_is(path: Path, fixtures: GoldenFolders) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "setting", "parts"),
+    [
+        (of_another_model, "", ("nano.safetensors",)),
+        (as_it_is, "model.size.num_layers=3", ("num_layers must be 2, got 3", "nano.safetensors", "correct conf/")),
+        (cut_short, "", ("nano.safetensors", "must be a complete safetensors file", "fetch the file again")),
+        (without_metadata, "", ("nano.safetensors", "metadata", "use a published single-file checkpoint")),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_of_this_model_is_refused(
+    model_folder: Path, fixtures: GoldenFolders, manifest: Manifest, tmp_path: Path, spoil: Any, setting: str,
+    parts: tuple[str, ...],
+) -> None:  # fmt: skip
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    spoil(folder / "nano.safetensors", fixtures)
+    assert run_command("stage_weights", f"model.folder={folder}").returncode == 0
+    arguments = [f"manifest={manifest(small_rows(1))}", f"output={tmp_path / 'out'}", f"model.folder={folder}"]
+    assert_refused(run_command("render", *arguments, *([setting] if setting else [])), *parts)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rule"),
+    [
+        (torch.int32, "must hold floating numbers, got int32"),
+        (torch.float8_e4m3fn, "must come with weight_scale because it is float8_e4m3fn, got none"),
+        (torch.bfloat16, "must be float32 like the denoiser's other matrices, got bfloat16"),
+    ],
+)
+def test_a_tensor_of_the_wrong_numbers_is_refused(
+    broken_model: Callable[..., Path], manifest: Manifest, tmp_path: Path, dtype: torch.dtype, rule: str
+) -> None:
+    folder = broken_model(lambda tensors: tensors.update({TENSOR: tensors[TENSOR].to(dtype)}))
+    done = run_command("render", f"manifest={manifest(small_rows(1))}", f"output={tmp_path / 'out'}",
+                       f"model.folder={folder}")  # fmt: skip
+    assert_refused(done, "nano.safetensors", TENSOR, rule, "use the published file")
 
 
 def test_model_files_that_changed_after_staging_are_noticed(

@@ -306,6 +306,11 @@ def test_loading_says_how_long_it_took_and_sets_the_threads(nano_model, load, ca
     assert facts["device"] == "cpu"
 
 
+def test_denoiser_follows_the_models_rule_for_the_streams_timesteps(nano_model, load):
+    nano_model.exchange_timesteps = "first"
+    assert load(nano_model).denoiser.hparams.exchange_timesteps == "first"
+
+
 def test_sizes_that_disagree_with_the_checkpoint_are_refused_together(nano_model, load):
     nano_model.size.num_layers, nano_model.size.audio_width = 48, 2048
     with pytest.raises(UsageError) as refusal:

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from jobs.entry import RenderJob, compose_job, compose_recipes
-from pipeline.config.model import Tuning
 
 LTX_2 = (
     "distilled_two_stage",
@@ -28,9 +27,8 @@ def recipes():
     return compose_recipes("render", [])
 
 
-def composed(name, **tuning):
-    overrides = [f"model.tuning.{key}={value}" for key, value in tuning.items()]
-    return compose_job(RenderJob, "render", [f"recipe={name}", *overrides]).recipe
+def composed(name, model):
+    return compose_job(RenderJob, "render", [f"recipe={name}", f"model={model}"]).recipe
 
 
 def scales(stream):
@@ -39,29 +37,24 @@ def scales(stream):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "published", "tuning"),
+    ("recipe", "model", "published"),
     [
-        ("one_stage", "ltx2_0", {"num_steps": 40, "stg_blocks": [29]}),
-        ("full_two_stage", "ltx2_0", {"num_steps": 40, "stg_blocks": [29]}),
-        ("one_stage", "ltx2_3", {"num_steps": 30, "stg_blocks": [28]}),
-        ("full_two_stage", "ltx2_3", {"num_steps": 30, "stg_blocks": [28]}),
-        ("full_two_stage_hq", "ltx2_3_hq", {}),
+        ("one_stage", "ltx2_19b_dev", "ltx2_0"),
+        ("full_two_stage", "ltx2_19b_dev", "ltx2_0"),
+        ("full_two_stage", "ltx2_19b_dev_fp8", "ltx2_0"),
+        ("one_stage", "ltx2_3_22b_dev", "ltx2_3"),
+        ("full_two_stage", "ltx2_3_22b_dev", "ltx2_3"),
+        ("full_two_stage_hq", "ltx2_3_22b_dev", "ltx2_3_hq"),
     ],
 )
-def test_guidance_of_a_recipe_is_the_published_one(golden, recipe, published, tuning):
+def test_guidance_of_a_recipe_is_the_published_one(golden, recipe, model, published):
     expected = golden("schedulers/case_guidance").params["defaults"][published]
-    stage = composed(recipe, **tuning).stages[0]
+    stage = composed(recipe, model).stages[0]
     assert len(stage.levels(1)) - 1 == expected["num_inference_steps"]
     for name in ("video", "audio"):
         given = {key: value for key, value in expected[name].items() if key not in ("stg_blocks", "skip_step")}
         assert scales(getattr(stage.guidance[0], name)) == given
         assert stage.guidance[0].stg_blocks == expected[name]["stg_blocks"]
-
-
-def test_a_model_that_says_nothing_has_the_numbers_of_ltx_2_0(golden):
-    expected = golden("schedulers/case_guidance").params["defaults"]["ltx2_0"]
-    assert Tuning().num_steps == expected["num_inference_steps"]
-    assert Tuning().stg_blocks == expected["video"]["stg_blocks"]
 
 
 def test_distilled_levels_are_the_published_ones(golden, recipes):
@@ -76,7 +69,7 @@ def test_distilled_levels_are_the_published_ones(golden, recipes):
 
 def test_ltx_videos_distilled_numbers_are_the_published_ones(golden):
     expected = golden("e2e_ltxv_0_9_8/case_multi_scale_distilled_t2v").params
-    recipe = composed("ltxv_multi_scale_distilled", tone_map=0.6)
+    recipe = composed("ltxv_multi_scale_distilled", "ltxv_13b_distilled")
     assert [stage.sigmas[:-1] for stage in recipe.stages] == [
         expected["first_pass"]["timesteps"],
         expected["second_pass"]["timesteps"],
@@ -85,6 +78,7 @@ def test_ltx_videos_distilled_numbers_are_the_published_ones(golden):
     assert recipe.decode.timestep == expected["decode_timestep"]
     assert recipe.decode.noise_scale == expected["decode_noise_scale"]
     assert recipe.decode.tone_map == 0.6
+    assert composed("ltxv_multi_scale_distilled", "ltxv_2b_distilled").decode.tone_map == 0, "the 13B's alone"
 
 
 def test_ltx_videos_dev_steps_are_27_and_13_of_30(recipes):

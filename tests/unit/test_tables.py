@@ -58,6 +58,7 @@ CONTRACT_COLUMNS = [
     "wall_s",
     "gpu_seconds",
     "peak_gpu_memory_bytes",
+    "peak_host_memory_bytes",
     "energy_j",
     "cost_usd",
     "cost_loaded_usd",

@@ -1,0 +1,200 @@
+"""Measure: `python -m jobs.bench write|clip [key=value ...]`. Results are dated rows with hardware and versions.
+
+`write` makes a model's files from random numbers in the published layout and size; `clip` renders one clip with them,
+or with the real ones, through `jobs.render` on Ray, and adds what it took to `tests/bench/results/clip.jsonl`.
+"""
+
+from __future__ import annotations
+
+import jobs.interrupts  # noqa: F401 - first, so that a signal during slow imports is exit 5
+
+# isort: split
+
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jobs.entry import CONF, FLAGS, BenchJob, compose_job, run_job
+from jobs.stage_weights import stage_model
+from pipeline.config.model import ModelConfig
+from pipeline.errors import EngineFault, UsageError
+from pipeline.media.probe import check_clip, probe_clip
+from pipeline.storage.filesystem import local_path
+from pipeline.storage.manifest import write_manifest
+from pipeline.storage.models import staged_bytes
+from pipeline.storage.runs import read_run
+from pipeline.storage.store import open_store
+from pipeline.storage.tables import read_ledger, read_rows
+
+SEED = 20261120
+PROMPT = "a lighthouse on a cliff in a storm, waves breaking, thunder rolling, cinematic"
+STAGES = ("text_encode_s", "denoise_s", "upsample_s", "decode_s", "encode_s", "upload_s", "wall_s")
+_OWN_KEYS = {field.name for field in fields(BenchJob)}
+
+
+def main(argv: list[str]) -> int:
+    what, arguments = (argv[0], argv[1:]) if argv else ("", [])
+    if what in FLAGS:
+        compose_job(BenchJob, "bench", argv)
+    if what not in WHAT:
+        raise UsageError(f"jobs.bench must be told what to do: {' or '.join(WHAT)}, got {what!r}; see --help")
+    own = [a for a in arguments if a in FLAGS or a.partition("=")[0].partition(".")[0] in _OWN_KEYS]
+    others = [a for a in arguments if a not in own]
+    job = compose_job(BenchJob, "bench", own)
+    if job.folder is not None:
+        job = replace(job, model=replace(job.model, folder=job.folder))
+    return WHAT[what](job, [a for a in own if a.startswith("model")], others)
+
+
+def write(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Write what `folder` lacks of the model's files, random, and stage them."""
+    if others or job.folder is None:
+        raise UsageError(f"jobs.bench write must be given model= and folder= alone, got {others}; see --help")
+    if job.model.built_here:
+        stage_model(job.model, {})
+        return 0
+    # Torch loads only where weights are written.
+    from pipeline.engine.random_weights import layout_of, quantised
+
+    published = _published(job.model)
+    folder = Path(job.folder)
+    for part in ("checkpoint", "spatial_upscaler"):
+        facts = published[part]
+        layout = layout_of(facts["tensors"])
+        if part == "checkpoint" and job.model.name.endswith("_fp8"):
+            first, last = published["fp8_blocks"]
+            layout = quantised(layout, (first, last))
+        _write(folder / job.model.parts()[part], layout, {"config": json.dumps(facts["config"])})
+    _write_text_encoder(folder / job.model.text_encoder, published["text_encoder"])
+    fingerprint = stage_model(replace(job.model, sources={}), {})
+    sys.stdout.write(f"{job.model.name}, random, staged in {folder}, fingerprint {fingerprint}\n")
+    return 0
+
+
+def _published(model: ModelConfig) -> dict[str, Any]:
+    """The description of the published file that `model` is a variant of."""
+    paths = [path for path in (CONF / "published").glob("*.json") if model.name.startswith(path.stem)]
+    if not paths:
+        known = ", ".join(sorted(path.stem for path in (CONF / "published").glob("ltx*.json")))
+        raise UsageError(f"model must be of a kind whose layout is known ({known}), got {model.name!r}; see --help")
+    return dict(json.loads(paths[0].read_text()))
+
+
+def _write(path: Path, layout: Any, metadata: dict[str, str]) -> None:
+    from pipeline.engine.random_weights import best_device, write_random
+
+    if path.exists():
+        sys.stderr.write(f"{path} is there and stays\n")
+        return
+    started_s = time.monotonic()
+    size_bytes = write_random(path, layout, metadata, device=best_device(), seed=SEED)
+    seconds = time.monotonic() - started_s
+    sys.stderr.write(f"{path}: {size_bytes / 1e9:.2f} GB in {seconds:.1f} s\n")
+
+
+def _write_text_encoder(folder: Path, name: str) -> None:
+    """A text encoder of the published architecture, with the nano model's tokenizer. T5 has two folders in one."""
+    from pipeline.engine.nano import TEXT_ENCODER, build_nano
+    from pipeline.engine.random_weights import layout_of
+
+    facts = json.loads((CONF / "published" / f"{name}.json").read_text())
+    is_t5 = facts["config"]["model_type"] == "t5"
+    weights, words = (folder / "text_encoder", folder / "tokenizer") if is_t5 else (folder, folder)
+    _write(weights / "model.safetensors", layout_of(facts["tensors"]), {"format": "pt"})
+    (weights / "config.json").write_text(json.dumps(facts["config"], indent=2))
+    words.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as nano:
+        build_nano(Path(nano))
+        for file in (Path(nano) / TEXT_ENCODER).glob("tokenizer*"):
+            shutil.copy(file, words / file.name)
+
+
+def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Render one clip through `jobs.render` on Ray and add a row of what it took."""
+    now = datetime.now(UTC)
+    run_id = f"bench-{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    store = open_store(job.output)
+    manifest = local_path(job.output) / f"{run_id}.parquet"
+    size = {"width": job.width, "height": job.height, "num_frames": job.num_frames}
+    write_manifest(manifest, [{"id": "bench", "prompt": PROMPT, "seed": SEED, **size}])
+    arguments = [f"manifest={manifest}", f"output={job.output}", f"run_id={run_id}", "resume=false", *model_arguments]
+    if not any(argument.startswith("cluster=") for argument in others):
+        arguments += ["cluster=local", "cluster.num_workers=1"]
+    if job.folder is not None:
+        arguments.append(f"model.folder={job.folder}")
+    if job.gpu_memory_limit_gb is not None:
+        arguments.append(f"cluster.gpu_memory_limit_gb={job.gpu_memory_limit_gb}")
+    done = subprocess.run([sys.executable, "-m", "jobs.render", *arguments, *others], check=False)
+    rows = read_rows(store, f"runs/{run_id}/results")
+    if not rows:  # it said why on stderr
+        return done.returncode
+    row = rows[0]
+    load_s = sum(entry.gpu_seconds for entry in read_ledger(store, run_id) if entry.state == "weight_load")
+    num_bytes = staged_bytes(job.model.folder, job.model.name)
+    measured = {
+        "at": now.isoformat(timespec="seconds"),
+        "what": "clip",
+        **{name: row[name] for name in ("status", "model", "recipe", "precision", "error_message")},
+        **size,
+        "arguments": others,
+        "exit_code": done.returncode,
+        "load_s": load_s,
+        "load_gb": num_bytes / 1e9,
+        "load_gb_per_s": num_bytes / 1e9 / load_s if load_s else None,
+        **{name: row[name] for name in (*STAGES, "peak_gpu_memory_bytes", "peak_host_memory_bytes")},
+        "gpu_memory_limit_gb": job.gpu_memory_limit_gb,
+        "playable": _is_playable(row),
+        "hardware": _hardware(),
+        "versions": read_run(store, run_id)["versions"],
+    }
+    _append(Path(job.results) / "clip.jsonl", measured)
+    sys.stdout.write(json.dumps(measured, indent=1) + "\n")
+    return done.returncode
+
+
+def _is_playable(row: dict[str, Any]) -> bool:
+    """If the clip decodes to its last frame and is what was asked for."""
+    if row["status"] != "rendered":
+        return False
+    try:
+        facts = probe_clip(local_path(row["uri"]))
+        asked = {name: row[name] for name in ("width", "height", "num_frames", "fps")}
+        check_clip(facts, **asked, sample_rate_hz=row["sample_rate_hz"])
+    except EngineFault:
+        return False
+    return True
+
+
+def _hardware() -> dict[str, Any]:
+    gpus: list[str] = []
+    with suppress(OSError):
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"gpus": gpus, "cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(),
+            "memory_bytes": memory}  # fmt: skip
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+WHAT: dict[str, Callable[[BenchJob, list[str], list[str]], int]] = {"write": write, "clip": clip}
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,102 @@
+"""jobs.bench on CPU: one clip of the nano model through Ray, and what it adds to the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import jobs.bench
+from pipeline.config.jobs import BenchJob
+from pipeline.config.model import DenoiserSize, ModelConfig
+from pipeline.engine.components.text_encoder import load_text_encoder
+from pipeline.engine.nano import CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER
+from tests.end_to_end.conftest import run_command
+from tests.end_to_end.test_bad_input import assert_refused
+
+
+def test_a_clip_adds_a_dated_row_with_hardware_and_versions(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ["width=64", "height=64", "num_frames=9", "recipe.encode.crf=30", f"folder={model_folder}"]
+    arguments += [f"output={tmp_path / 'out'}", f"results={tmp_path / 'results'}"]
+    done = run_command("bench", "clip", *arguments)
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "results" / "clip.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["status"] == "rendered" and row["playable"] is True
+    assert row["model"] == "nano" and row["arguments"] == ["recipe.encode.crf=30"]
+    assert (row["width"], row["height"], row["num_frames"]) == (64, 64, 9)
+    assert row["load_s"] > 0 and row["load_gb_per_s"] > 0 and row["wall_s"] >= row["denoise_s"] > 0
+    assert row["peak_gpu_memory_bytes"] is None
+    assert 100e6 < row["peak_host_memory_bytes"] < 100e9
+    assert row["versions"]["torch"] and row["hardware"]["num_cpus"] >= 1
+    assert row["at"].startswith("20")
+
+
+def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_path: Path) -> None:
+    done = run_command("render", f"model.folder={model_folder}", f"output={tmp_path / 'out'}", "cluster.device=cpu",
+                       "cluster.gpu_memory_limit_gb=80")  # fmt: skip
+    assert_refused(done, "cluster.gpu_memory_limit_gb must be left out on cpu, got 80")
+
+
+def test_a_bench_that_does_not_exist_is_refused() -> None:
+    assert_refused(run_command("bench", "cip"), "write or clip", "'cip'")
+    assert_refused(run_command("bench", "write", "model=ltx2_19b_dev"), "folder=")
+    assert_refused(run_command("bench", "clip", "widht=64"), "'widht' is not a setting")
+
+
+def description(path: Path) -> dict:
+    """A file's layout and metadata in the form of conf/published."""
+    tensors: dict[str, list[str]] = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            tensors.setdefault("x".join(map(str, file.get_slice(name).get_shape())), []).append(name)
+        return {"config": json.loads(file.metadata().get("config", "{}")), "tensors": tensors}
+
+
+def test_written_files_are_staged_and_render(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf, encoder = tmp_path / "conf" / "published", description(model_folder / TEXT_ENCODER / "model.safetensors")
+    conf.mkdir(parents=True)
+    encoder["config"] = json.loads((model_folder / TEXT_ENCODER / "config.json").read_text())
+    (conf / "encoder.json").write_text(json.dumps(encoder))
+    parts = {"checkpoint": description(model_folder / CHECKPOINT), "text_encoder": "encoder",
+             "spatial_upscaler": description(model_folder / SPATIAL_UPSCALER)}  # fmt: skip
+    (conf / "tiny.json").write_text(json.dumps(parts))
+    monkeypatch.setattr(jobs.bench, "CONF", tmp_path / "conf")
+    model = ModelConfig("tiny_random", str(tmp_path / "m"), CHECKPOINT, TEXT_ENCODER, SPATIAL_UPSCALER,
+                        size=DenoiserSize(2, 64, 32, 128))  # fmt: skip
+    job = BenchJob(model=model, folder=model.folder)
+    assert jobs.bench.write(job, [], []) == 0
+    sidecar = (tmp_path / "m" / "fingerprint.tiny_random.json").read_text()
+    assert jobs.bench.write(job, [], []) == 0, "what is there stays"
+    assert (tmp_path / "m" / "fingerprint.tiny_random.json").read_text() == sidecar
+
+    same = [f"model.{name}={getattr(model, name)}" for name in ("name", "folder")]
+    done = run_command("bench", "clip", *same, "width=64", "height=64", "num_frames=9", f"output={tmp_path / 'out'}",
+                       f"results={tmp_path / 'results'}", "cluster=in_process")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results" / "clip.jsonl").read_text())["playable"]
+
+
+def test_a_written_t5_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = "encoder.block.{0-1}.layer."
+    tensors = {
+        "512x16": ["shared.weight"], "8x2": ["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"],
+        "16x16": [f"{block}0.SelfAttention.{name}.weight" for name in "qkvo"],
+        "32x16": [f"{block}1.DenseReluDense.wi_{index}.weight" for index in (0, 1)],
+        "16x32": [f"{block}1.DenseReluDense.wo.weight"],
+        "16": [f"{block}0.layer_norm.weight", f"{block}1.layer_norm.weight", "encoder.final_layer_norm.weight"],
+    }  # fmt: skip
+    config = json.loads((jobs.bench.CONF / "published" / "t5-v1_1-xxl.json").read_text())["config"]
+    config |= {"vocab_size": 512, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+               "relative_attention_num_buckets": 8}  # fmt: skip
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "t5.json").write_text(json.dumps({"config": config, "tensors": tensors}))
+    monkeypatch.setattr(jobs.bench, "CONF", tmp_path)
+    jobs.bench._write_text_encoder(tmp_path / "t5", "t5")
+    encoder = load_text_encoder(tmp_path / "t5", max_tokens=32, device="cpu", dtype=None)
+    states = encoder.encode(["a red fox"])
+    assert states.hidden_BSDL.isfinite().all() and states.hidden_BSDL.std() > 0
