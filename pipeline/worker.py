@@ -136,6 +136,7 @@ class ClipWorker:
         video, thumbnail = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg"))
         self.take_peak_gpu_bytes()
         streams = self.engine.render(request, clip.recipe, attempt.enter)
+        assert streams.waveform is not None and streams.sample_rate_hz is not None, "models without sound come next"
         written = write_clip(
             video,
             _then(streams.frames, lambda: attempt.enter("encode")),

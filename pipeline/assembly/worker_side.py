@@ -11,7 +11,7 @@ from kernels.ops import device_ops
 from pipeline.config.jobs import RenderJob
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
-from pipeline.engine.engine import load_engine
+from pipeline.engine.loading import load_engine
 from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
 from pipeline.records.outcome import RunFacts

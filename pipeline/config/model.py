@@ -43,6 +43,16 @@ EXCHANGE_TIMESTEPS = ("1.2.0", "1.0.0", "first")
 
 
 @dataclass
+class Tuning:
+    """Numbers of published recipes that differ from model to model; the recipes refer to them."""
+
+    num_steps: int = 40
+    # Blocks that spatio-temporal guidance perturbs, counted from 0.
+    stg_blocks: list[int] = field(default_factory=lambda: [29])
+    tone_map: float = 0.0
+
+
+@dataclass
 class ModelConfig:
     """Where a model's files are and what they are. Paths are relative to `folder` unless absolute."""
 
@@ -69,6 +79,7 @@ class ModelConfig:
     built_here: bool = False
     clip: ClipDefaults = field(default_factory=ClipDefaults)
     size: DenoiserSize = field(default_factory=DenoiserSize)
+    tuning: Tuning = field(default_factory=Tuning)
 
     def __post_init__(self) -> None:
         rules = ", ".join(EXCHANGE_TIMESTEPS)

@@ -1,39 +1,122 @@
-"""A way of rendering as data: stages, noise levels, sampler, and how the file is encoded."""
+"""A way of rendering as data: stages, noise levels, samplers, guidance, decoding, and how the file is encoded."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from pipeline.config.checks import require
+from pipeline.config.guidance import POSITIVE, GuidanceConfig
 from pipeline.config.model import ClipDefaults
+from pipeline.config.schedule import ScheduleConfig
 
-# Presets of libx264, fastest first, and the sampling steps of `engine/samplers.py` (a test holds them equal).
+# Presets of libx264, fastest first, and the samplers of `engine/samplers.py` (a test holds them equal).
 X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
-SAMPLERS = ("euler",)
+SAMPLERS = ("euler", "euler_ancestral", "euler_gradient", "euler_cfg_pp", "dpmpp_2m", "res_2s")
+# What a perturbed prediction has in place of self-attention: `pipeline/model/streams.py`.
+STG_STRATEGIES = ("values", "attention", "residual", "block")
+FAMILIES = ("ltx2", "ltx_video")
+CELL_PX = 32
+NEGATIVE_PROMPT = (
+    "blurry, distorted, flickering or overexposed picture, compression artefacts, watermark, deformed faces and hands, "
+    "jerky motion, muffled or noisy sound, speech out of step with the lips"
+)
 
 
 @dataclass
 class StageConfig:
-    """One pass of the sampling loop: at which size, along which noise levels, starting from what."""
+    """One run of the sampling loop: at which size, along which noise levels, guided how, starting from what.
 
-    # Divisor of the rendered size: 2 is half size.
-    size_divisor: int = 1
-    # Descending noise levels, the last one 0: a step for each neighbouring pair. A stage after the first starts
-    # from the previous stage's latents, noised again to the first level.
+    A stage after the first starts from the previous stage's latents, noised again to its first level.
+    """
+
+    # The first stage's size: this part of the rendered size, rounded down to the grid of 32 px.
+    size_factor: float = 1.0
+    # A later stage's size: this multiple of the stage before, 1.0 (the same) or 2.0 (the latents are upsampled).
+    upsample: float = 1.0
+    # 1.0 gives each channel of upsampled latents the mean and spread it had before, 0.0 leaves them alone.
+    adain: float = 0.0
+    # Descending noise levels, the last one 0: a step for each neighbouring pair. Or a schedule that computes them.
     sigmas: list[float] = field(default_factory=list)
+    schedule: ScheduleConfig | None = None
     sampler: str = "euler"
+    # How much of each step's noise is fresh, for the samplers that draw noise: 0 none, 1 all.
+    eta: float = 0.5
+    # By falling noise level; empty for none. See `config/guidance.py`.
+    guidance: list[GuidanceConfig] = field(default_factory=list)
+    stg_strategy: str = "values"
+    # Scale the negative prediction to the positive one first (arXiv 2503.18886).
+    cfg_star: bool = False
+    # "ltx2": guidance combines clean latents, and a held token's timestep is its share of the noise level.
+    # "ltx_video": guidance combines velocities, and a held token stands still until the level has fallen to its own.
+    family: str = "ltx2"
+    # All predictions of a step in one call of the denoiser, which is faster, or one after the other, which takes less
+    # memory.
+    batch_passes: bool = True
+    # A name in the model's `adapters`: fused into the denoiser, at strength 1.0, for this stage.
+    adapter: str = ""
 
     def __post_init__(self) -> None:
-        way_out = "give descending noise levels that end in 0, such as [1.0, 0.725, 0.0]"
-        finite = all(math.isfinite(s) for s in self.sigmas)
-        falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
-        ok = len(self.sigmas) >= 2 and finite and falling and self.sigmas[0] <= 1 and self.sigmas[-1] == 0
-        require(ok, "recipe.stages.sigmas", "two or more descending levels from at most 1 to 0", self.sigmas, way_out)
-        samplers = ", ".join(SAMPLERS)
-        require(self.sampler in SAMPLERS, "recipe.stages.sampler", f"one of {samplers}", self.sampler, "use euler")
-        ok = self.size_divisor in (1, 2)
-        require(ok, "recipe.stages.size_divisor", "1 or 2", self.size_divisor, "use 2 for half")
+        at = "recipe.stages."
+        samplers, strategies = ", ".join(SAMPLERS), ", ".join(STG_STRATEGIES)
+        require(0 < self.size_factor <= 1, at + "size_factor", "above 0, at most 1", self.size_factor, "0.5 is half")
+        require(self.upsample in (1.0, 2.0), at + "upsample", "1.0 or 2.0", self.upsample, "2.0 doubles both sides")
+        require(0 <= self.adain <= 1, at + "adain", "between 0 and 1", self.adain, "use 0")
+        require(self.sampler in SAMPLERS, at + "sampler", f"one of {samplers}", self.sampler, "use euler")
+        require(0 <= self.eta <= 1, at + "eta", "between 0 and 1", self.eta, "use 0.5")
+        ok = self.stg_strategy in STG_STRATEGIES
+        require(ok, at + "stg_strategy", f"one of {strategies}", self.stg_strategy, "use values")
+        require(self.family in FAMILIES, at + "family", " or ".join(FAMILIES), self.family, "use the model's")
+        downs = [entry.down_to for entry in self.guidance]
+        way_out = "the first entry at or below a step's level counts"
+        require(_falls(downs), at + "guidance", "in order of falling down_to", downs, way_out)
+        if self.sampler == "euler_cfg_pp":
+            ok = self.family == "ltx2" and bool(downs) and all(entry.video.cfg != 1 for entry in self.guidance)
+            way_out = "guide the stage by a negative prompt"
+            require(ok, at + "sampler", "another one in a stage without cfg, or of LTX-Video", self.sampler, way_out)
+        if self.schedule is None:
+            way_out = "give descending noise levels that end in 0, such as [1.0, 0.725, 0.0], or a schedule"
+            ok = len(self.sigmas) >= 2 and _falls(self.sigmas) and self.sigmas[0] <= 1 and self.sigmas[-1] == 0
+            require(ok, at + "sigmas", "two or more descending levels from at most 1 to 0", self.sigmas, way_out)
+        else:
+            require(not self.sigmas, at + "sigmas", "empty beside a schedule", self.sigmas, "give one of the two")
+
+    def levels(self, num_tokens: int) -> list[float]:
+        """Descending noise levels that end in 0, for a stage of `num_tokens` video tokens."""
+        return list(self.sigmas) if self.schedule is None else self.schedule.levels(num_tokens)
+
+    def guidance_at(self, sigma: float) -> GuidanceConfig | None:
+        """What holds at a noise level; None where the stage is not guided."""
+        last = self.guidance[-1] if self.guidance else None
+        return next((entry for entry in self.guidance if entry.down_to <= sigma), last)
+
+    def num_samples(self, num_tokens: int, *, has_audio: bool) -> int:
+        """Samples the denoiser is given in all steps: every prediction of every evaluation counts one."""
+        total = 0
+        for sigma, after in pairwise(self.levels(num_tokens)):
+            guidance = self.guidance_at(sigma)
+            passes = (POSITIVE,) if guidance is None else guidance.passes(has_audio=has_audio)
+            # res_2s looks twice a step, and once more at the end (`engine/samplers.py`).
+            evaluations = 1 if self.sampler != "res_2s" else 2 if after else 3
+            total += evaluations * len(passes)
+        return total
+
+
+@dataclass
+class DecodeConfig:
+    """From the last stage's latents to pictures. The numbers are LTX-Video's; LTX-2 has no use for them."""
+
+    # 0 to 1: how much large latent values are compressed.
+    tone_map: float = 0.0
+    # The noise level a decoder is told that knows one, and the part of fresh noise its latents get.
+    timestep: float = 0.05
+    noise_scale: float = 0.025
+
+    def __post_init__(self) -> None:
+        for name in ("tone_map", "timestep", "noise_scale"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"recipe.decode.{name}", "between 0 and 1", value, "see pipeline/config/recipe.py")
 
 
 @dataclass
@@ -63,14 +146,108 @@ class RecipeConfig:
     # Sizes off the grid are rendered at the next grid size and cropped; false refuses them.
     crop: bool = True
     stages: list[StageConfig] = field(default_factory=list)
+    # Frames of another size than the rendered one are resized to it; false demands that the last stage has this size.
+    resize: bool = False
+    # The stage, counted from 1, whose sound ships; 0 is the last.
+    sound_from_stage: int = 0
+    # What guided stages steer away from in a row that does not say.
+    negative_prompt: str = NEGATIVE_PROMPT
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.stages), "recipe.stages", "one stage or more", self.stages, "see conf/recipe/")
-        last = self.stages[-1].size_divisor
-        require(last == 1, "the last of recipe.stages", "at full size, size_divisor 1", last, "see conf/recipe/")
+        first, later = self.stages[0], self.stages[1:]
+        way_out = "give it size_factor"
+        require(first.upsample == 1, "the first of recipe.stages", "without upsample", first.upsample, way_out)
+        factors = [stage.size_factor for stage in later]
+        ok = all(factor == 1 for factor in factors)
+        require(ok, "the later of recipe.stages", "without size_factor", factors, "give them upsample")
+        if not self.resize:
+            factor = first.size_factor * math.prod(stage.upsample for stage in later)
+            require(factor == 1, "the last of recipe.stages", "at the rendered size", factor, "or set recipe.resize")
+        ok = 0 <= self.sound_from_stage <= len(self.stages)
+        way_out = f"use 1 to {len(self.stages)}, or 0 for the last"
+        require(ok, "recipe.sound_from_stage", "the number of a stage", self.sound_from_stage, way_out)
 
     @property
     def grid_px(self) -> int:
-        """Both sides must be multiples of this: one latent cell (32 px) at the smallest stage."""
-        return 32 * max(stage.size_divisor for stage in self.stages)
+        """Both sides must be multiples of this, so that each stage has whole latent cells of 32 px."""
+        return CELL_PX if self.resize else round(CELL_PX / self.stages[0].size_factor)
+
+    @property
+    def has_guidance(self) -> bool:
+        """If a negative prompt makes a difference."""
+        return any(entry.video.cfg != 1 or entry.audio.cfg != 1 for stage in self.stages for entry in stage.guidance)
+
+    def stage_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width in pixels of each stage, for a rendered size. At least one cell."""
+
+        def first(side: int) -> int:
+            return max(1, int(side * self.stages[0].size_factor) // CELL_PX) * CELL_PX
+
+        sizes = [(first(height), first(width))]
+        for stage in self.stages[1:]:
+            factor = int(stage.upsample)
+            sizes.append((sizes[-1][0] * factor, sizes[-1][1] * factor))
+        return sizes
+
+
+def unsupported_overrides(
+    recipe: RecipeConfig, *, num_steps: int | None, cfg_scale: float | None, stg_scale: float | None
+) -> list[str]:
+    """A problem for each override of a row that the recipe cannot honour; None asks for nothing.
+
+    Steps can be counted anew where a schedule computes them and none are skipped; a scale can be set where a stage is
+    guided alike at all noise levels.
+    """
+    scheduled = [stage.schedule for stage in recipe.stages if stage.schedule is not None]
+    guided = [stage.guidance for stage in recipe.stages if stage.guidance]
+    alike = bool(guided) and all(len(guidance) == 1 for guidance in guided)
+    honoured = {
+        "num_steps": bool(scheduled) and not any(each.skip_first or each.skip_last for each in scheduled),
+        "cfg_scale": alike,
+        "stg_scale": alike and all(guidance[0].stg_blocks for guidance in guided),
+    }
+    problems = []
+    for name, value in {"num_steps": num_steps, "cfg_scale": cfg_scale, "stg_scale": stg_scale}.items():
+        at_least = 1 if name == "num_steps" else 0
+        if value is None:
+            continue
+        if not honoured[name]:
+            problems.append(f"{name} cannot be honoured by recipe {recipe.name}, got {value}; leave the column empty")
+        elif not (math.isfinite(value) and value >= at_least):
+            problems.append(f"{name} must be {at_least} or more, got {value}; leave the column empty")
+    return problems
+
+
+def resolve(
+    recipe: RecipeConfig,
+    *,
+    num_steps: int | None,
+    cfg_scale: float | None,
+    stg_scale: float | None,
+    negative_prompt: str | None = None,
+) -> RecipeConfig:
+    """The recipe with a row's overrides, of which `unsupported_overrides` has found no problem.
+
+    The scales are those of the picture; the sound keeps the recipe's.
+    """
+
+    def scaled(guidance: GuidanceConfig) -> GuidanceConfig:
+        cfg = guidance.video.cfg if cfg_scale is None else float(cfg_scale)
+        stg = guidance.video.stg if stg_scale is None else float(stg_scale)
+        return replace(guidance, video=replace(guidance.video, cfg=cfg, stg=stg))
+
+    def overridden(stage: StageConfig) -> StageConfig:
+        schedule = stage.schedule
+        if schedule is not None and num_steps is not None:
+            schedule = replace(schedule, num_steps=num_steps)
+        return replace(stage, schedule=schedule, guidance=[scaled(entry) for entry in stage.guidance])
+
+    negative = recipe.negative_prompt if negative_prompt is None else negative_prompt
+    return replace(recipe, stages=[overridden(stage) for stage in recipe.stages], negative_prompt=negative)
+
+
+def _falls(levels: list[float]) -> bool:
+    return all(math.isfinite(level) for level in levels) and all(a > b for a, b in pairwise(levels))

@@ -16,13 +16,14 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.engine.components.audio_vae import AudioDecoder
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder
 from pipeline.engine.components.vocoder import Vocoder
 from pipeline.engine.tiling import Tiles
 from pipeline.errors import EngineFault
-from pipeline.geometry import RenderShape
+from pipeline.geometry import PixelShape, RenderShape
 
 CHUNK_FRAMES = 16
 
@@ -34,14 +35,18 @@ def decode_frames(
     *,
     tiles: Tiles | None = None,
     noise: DecodeNoise | None = None,
+    resize: bool = False,
 ) -> Iterator[np.ndarray]:
     """Chunks (F,H,W,3) of uint8 frames in order, of the asked size. Nothing is decoded before the first is taken.
 
-    `tiles` bound the network's memory, `noise` is for decoders that take it (`VideoDecoder.decode`). EngineFault if the
-    decoder gives another number of frames or another size than asked for.
+    `tiles` bound the network's memory, `noise` is for decoders that take it (`VideoDecoder.decode`), `resize` brings
+    pictures of another size to the rendered one. EngineFault if the decoder gives another number of frames, or without
+    `resize` another size.
     """
     with torch.inference_mode():
         video_CFHW = decoder.decode(latent_BCFHW, tiles=tiles, noise=noise)[0]
+        if resize:
+            video_CFHW = _resized(video_CFHW, shape.rendered)
     expected = (3, shape.rendered.num_frames, shape.rendered.height, shape.rendered.width)
     if tuple(video_CFHW.shape) != expected:
         raise EngineFault(f"the video decoder gave {tuple(video_CFHW.shape)} values, expected {expected}")
@@ -58,6 +63,15 @@ def decode_waveform(decoder: AudioDecoder, vocoder: Vocoder, latent_BCTM: Tensor
     if not bool(torch.isfinite(waveform_CN).all()):
         raise EngineFault("the vocoder gave samples that are not finite numbers")
     return waveform_CN.numpy()
+
+
+def _resized(video_CFHW: Tensor, rendered: PixelShape) -> Tensor:
+    size = (rendered.height, rendered.width)
+    if tuple(video_CFHW.shape[2:]) == size:
+        return video_CFHW
+    # LTX-Video's pipelines resize what a viewer would see: values out of range are cut before, not after.
+    frames_FCHW = video_CFHW.clamp(-1, 1).transpose(0, 1)
+    return functional.interpolate(frames_FCHW, size=size, mode="bilinear", align_corners=False).transpose(0, 1)
 
 
 def _to_uint8(video_CFHW: Tensor) -> np.ndarray:

@@ -1,37 +1,28 @@
-"""The render engine: a request and a recipe in, frames and sound out; and the loading of all its parts.
+"""The render engine: a request and a recipe in, frames and sound out.
 
-Reads as the recipe does. How text, noise, steps and decoding work is in the neighbouring modules; where the frames go
-and what a clip costs is known above.
+Reads as the recipe does. How text, noise, steps and decoding work is in the neighbouring modules, the loading of the
+parts in `loading.py`; where the frames go and what a clip costs is known above.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.ops import OpSet
-from pipeline.config.model import ModelConfig, PrecisionConfig
-from pipeline.config.recipe import RecipeConfig
-from pipeline.engine.components.audio_vae import AudioDecoder, load_audio_decoder
-from pipeline.engine.components.connectors import load_text_connectors
-from pipeline.engine.components.parts import tensors_of_parts
-from pipeline.engine.components.text import TextContext
-from pipeline.engine.components.text_encoder import load_text_encoder
-from pipeline.engine.components.upsampler import LatentUpsampler, load_latent_upsampler
-from pipeline.engine.components.video_vae import VideoDecoder, load_video_decoder
-from pipeline.engine.components.vocoder import Vocoder, load_vocoder
+from pipeline.config.recipe import DecodeConfig, RecipeConfig, StageConfig
+from pipeline.engine.components.audio_vae import AudioDecoder
+from pipeline.engine.components.upsampler import LatentUpsampler, adapt_statistics, compress_range
+from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, VideoEncoder
+from pipeline.engine.components.vocoder import Vocoder
+from pipeline.engine.conditions import HeldPicture, append_tokens, drop_appended, hold_to, num_appended_tokens
 from pipeline.engine.decode import decode_frames, decode_waveform
-from pipeline.engine.denoise import denoise
+from pipeline.engine.denoise import Scene, Texts, denoise
 from pipeline.engine.latents import (
     NoiseSource,
     Tokens,
@@ -43,45 +34,56 @@ from pipeline.engine.latents import (
     unpatchify_video,
 )
 from pipeline.engine.samplers import sampler_named
-from pipeline.engine.sigmas import noise_levels, noise_steps
+from pipeline.engine.sigmas import noise_levels
 from pipeline.engine.text import TextConditioner
-from pipeline.errors import CheckpointMismatch, OutOfMemory, UsageError
-from pipeline.geometry import LatentShape, PixelShape, RenderShape, latent_shape, render_shape
-from pipeline.model.checkpoint import CheckpointFile, denoiser_tensors, load_denoiser, read_hparams
+from pipeline.errors import OutOfMemory, UsageError
+from pipeline.geometry import SPATIAL_CELL_PX, LatentShape, PixelShape, RenderShape, latent_shape
+from pipeline.model.adapters import FusedAdapters
 from pipeline.model.denoiser import AudioVideoDenoiser
-from pipeline.model.dtypes import require_usable_dtypes
 from pipeline.records.request import RenderRequest
 from pipeline.telemetry import OnStage
-
-log = logging.getLogger("pipeline.engine")
-
-_DTYPES: dict[str, torch.dtype | None] = {
-    "checkpoint": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-}
-# Encoders are not loaded yet; published files may also carry statistics that no released code reads.
-_KNOWN_AND_UNUSED = re.compile(
-    r"(vae|audio_vae)\.encoder\..+"
-    r"|vae\.per_channel_statistics\.(channel|mean-of-stds|mean-of-stds_over_std-of-means)"
-)
 
 
 @dataclass(frozen=True)
 class Streams:
-    """A rendered clip: uint8 frames (F,H,W,3) in chunks, decoded while iterated, and sound (channels, samples)."""
+    """A rendered clip: uint8 frames (F,H,W,3) in chunks, decoded while iterated, and sound (channels, samples).
+
+    A model without sound gives no waveform and no rate.
+    """
 
     frames: Iterator[np.ndarray]
-    waveform: np.ndarray
-    sample_rate_hz: int
+    waveform: np.ndarray | None
+    sample_rate_hz: int | None
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What is asked of all stages: text, the size in pixels, adapters in all of them, pictures to hold to."""
+
+    texts: Texts
+    rendered: PixelShape
+    adapters: tuple[tuple[str | Path, float], ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Both streams after the last stage, normalised: (B,C,F,H,W) and (B,C,T,mel bins)."""
+    """Both streams after the last stage, normalised: (B,C,F,H,W) and (B,C,T,mel bins), or None without sound."""
 
     video_BCFHW: Tensor
-    audio_BCTM: Tensor
+    audio_BCTM: Tensor | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that the clip is held to at pixel frame `frame`: firmly (1), or less.
+
+    `at_size` gives its pixels (1,3,1,H,W) in [-1,1] for a height and width, because every stage has its own.
+    """
+
+    at_size: Callable[[int, int], Tensor]
+    frame: int = 0
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,158 +92,150 @@ class RenderEngine:
 
     text: TextConditioner
     denoiser: AudioVideoDenoiser
+    # What is fused into the denoiser, and the files of the model's adapters by their names in recipes.
+    fused: FusedAdapters
+    adapter_files: Mapping[str, str]
     upsampler: LatentUpsampler | None
+    video_encoder: VideoEncoder
     video_decoder: VideoDecoder
-    audio_decoder: AudioDecoder
-    vocoder: Vocoder
+    # None for a model without sound.
+    audio_decoder: AudioDecoder | None
+    vocoder: Vocoder | None
     device: str
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
 
-    def render(self, request: RenderRequest, recipe: RecipeConfig, on_stage: OnStage) -> Streams:
+    def render(
+        self,
+        request: RenderRequest,
+        recipe: RecipeConfig,
+        on_stage: OnStage,
+        adapters: Sequence[tuple[str | Path, float]] = (),
+        pictures: Sequence[Picture] = (),
+    ) -> Streams:
         """One clip. `on_stage` is called as each stage begins; "decode" lasts until the frames are exhausted.
 
-        UsageError if the recipe asks for what this engine lacks; EngineFault if a result is not finite; OutOfMemory
-        if the clip does not fit the device, also while the frames are iterated.
+        `adapters` (file, strength) count in all stages. UsageError if the recipe asks for what this engine lacks;
+        EngineFault if a result is not finite; OutOfMemory if the clip does not fit the device, also while the frames
+        are iterated.
         """
         self._require_can_follow(recipe)
-        asked = PixelShape(request.num_frames, request.height, request.width, request.fps)
-        shape = render_shape(asked, recipe.grid_px)
-        with _memory_reported(shape):
+        shape, noise = request.shape, self.noise_for(request.seed)
+        with _memory_reported(shape), torch.inference_mode():
             on_stage("text_encode")
-            with torch.inference_mode():
-                text = self.text.encode(request.prompt)
-            latents = self.sample(text, shape.rendered, recipe, self.noise_for(request.seed), on_stage)
+            texts = self._texts(request.prompt, recipe)
+            brief = Brief(texts, shape.rendered, tuple(adapters), tuple(pictures))
+            latents = self.sample(brief, recipe, noise, on_stage)
 
             on_stage("decode")
-            waveform = decode_waveform(self.audio_decoder, self.vocoder, latents.audio_BCTM)
-        return Streams(self._frames(latents.video_BCFHW, shape), waveform, self.vocoder.sample_rate_hz)
+            waveform = None
+            if self.audio_decoder is not None and self.vocoder is not None and latents.audio_BCTM is not None:
+                waveform = decode_waveform(self.audio_decoder, self.vocoder, latents.audio_BCTM)
+            latent_BCFHW = self._decodable(latents.video_BCFHW, recipe.decode, noise)
+        rate = None if self.vocoder is None else self.vocoder.sample_rate_hz
+        return Streams(self._frames(latent_BCFHW, shape, recipe), waveform, rate)
 
     @torch.inference_mode()
-    def sample(
-        self,
-        text: TextContext,
-        rendered: PixelShape,
-        recipe: RecipeConfig,
-        noise: NoiseSource,
-        on_stage: OnStage,
-    ) -> Latents:
-        """All stages of the recipe: both streams go through each of them, and the last one's sound ships."""
-        shape = _stage_shape(rendered, recipe.stages[0].size_divisor)
-        tokens = self._empty(shape)
-        for stage in recipe.stages:
-            stage_shape = _stage_shape(rendered, stage.size_divisor)
-            if stage_shape != shape:
+    def sample(self, brief: Brief, recipe: RecipeConfig, noise: NoiseSource, on_stage: OnStage) -> Latents:
+        """All stages of the recipe: both streams go through each of them, each from where the one before ended."""
+        rendered = brief.rendered
+        shapes = [_latent_shape(rendered, *size) for size in recipe.stage_sizes(rendered.height, rendered.width)]
+        tokens, before, sounds = self._empty(shapes[0]), shapes[0], []
+        for stage, shape in zip(recipe.stages, shapes, strict=True):
+            if stage.upsample != 1:
                 on_stage("upsample")
-                tokens = replace(tokens, video_BTC=self._upsampled(tokens.video_BTC, shape))
-                shape = stage_shape
+                tokens = replace(tokens, video_BTC=self._upsampled(tokens.video_BTC, before, stage.adain))
 
             on_stage("denoise")
-            tokens = add_noise(tokens, noise, noise_levels(stage.sigmas)[0])
-            sampler = sampler_named(stage.sampler)
-            tokens = denoise(self.denoiser, tokens, text, shape, noise_steps(stage.sigmas), sampler)
-        return Latents(
-            unpatchify_video(tokens.video_BTC, shape),
-            unpatchify_audio(tokens.audio_BTC, self.audio_decoder.num_latent_bins),
-        )
+            named = [(self.adapter_files[stage.adapter], 1.0)] if stage.adapter else []
+            self.fused.use([*brief.adapters, *named])
+            tokens, before = self._denoised(tokens, shape, stage, brief, noise), shape
+            sounds.append(tokens.audio_BTC)
+        sound_BTC = sounds[recipe.sound_from_stage - 1]
+        return Latents(unpatchify_video(tokens.video_BTC, before), self._unpatchified(sound_BTC))
+
+    def _denoised(
+        self, tokens: Tokens, shape: LatentShape, stage: StageConfig, brief: Brief, noise: NoiseSource
+    ) -> Tokens:
+        """One stage: noise, then pictures, then steps, in the order in which the reference draws its noise."""
+        frames = [picture.frame for picture in brief.pictures]
+        sigma = noise_levels(stage.levels(shape.num_video_tokens))[0]
+        start = add_noise(append_tokens(tokens, num_appended_tokens(frames, shape)), noise, sigma)
+        held = [self._held(picture, shape, stage, noise) for picture in brief.pictures]
+        hold = hold_to(held, start, shape)
+        if hold is not None:
+            start = replace(start, video_BTC=hold.blend(start.video_BTC))
+        return drop_appended(denoise(self.denoiser, start, Scene(shape, brief.texts, hold), stage, noise), shape)
+
+    def _held(self, picture: Picture, shape: LatentShape, stage: StageConfig, noise: NoiseSource) -> HeldPicture:
+        pixels_B31HW = picture.at_size(shape.height * SPATIAL_CELL_PX, shape.width * SPATIAL_CELL_PX).to(self.device)
+        # LTX-Video takes a draw from what the encoder thinks possible, LTX-2 the likeliest.
+        draw = (lambda size: noise(tuple(size))) if stage.family == "ltx_video" else None
+        return HeldPicture(self.video_encoder.encode(pixels_B31HW, noise=draw), picture.frame, picture.strength)
+
+    def _texts(self, prompt: str, recipe: RecipeConfig) -> Texts:
+        negative = self.text.encode(recipe.negative_prompt) if recipe.has_guidance else None
+        return Texts(self.text.encode(prompt), negative)
 
     def _empty(self, shape: LatentShape) -> Tokens:
         video, audio = self.denoiser.hparams.video, self.denoiser.hparams.audio
-        assert audio is not None, "load_engine refuses a model without sound"
-        return empty_tokens(
-            shape, video_channels=video.in_channels, audio_channels=audio.in_channels, device=self.device
-        )
+        audio_channels = None if audio is None else audio.in_channels
+        return empty_tokens(shape, video_channels=video.in_channels, audio_channels=audio_channels, device=self.device)
 
-    def _upsampled(self, video_BTC: Tensor, shape: LatentShape) -> Tensor:
+    def _upsampled(self, video_BTC: Tensor, shape: LatentShape, adain: float) -> Tensor:
         assert self.upsampler is not None, "asked for before the first stage"
-        return patchify_video(self.upsampler.upsample(unpatchify_video(video_BTC, shape)))
+        latent_BCFHW = unpatchify_video(video_BTC, shape)
+        upsampled_BCFHW = self.upsampler.upsample(latent_BCFHW)
+        if adain:
+            upsampled_BCFHW = adapt_statistics(upsampled_BCFHW, latent_BCFHW, factor=adain)
+        return patchify_video(upsampled_BCFHW)
 
-    def _frames(self, latent_BCFHW: Tensor, shape: RenderShape) -> Iterator[np.ndarray]:
+    def _unpatchified(self, audio_BTC: Tensor | None) -> Tensor | None:
+        if audio_BTC is None or self.audio_decoder is None:
+            return None
+        return unpatchify_audio(audio_BTC, self.audio_decoder.num_latent_bins)
+
+    def _decodable(self, latent_BCFHW: Tensor, decode: DecodeConfig, noise: NoiseSource) -> Tensor:
+        """The latents as the recipe wants them decoded. Noise comes before the tone mapping, as in LTX-Video."""
+        if self.video_decoder.takes_noise:
+            drawn_BCFHW = noise(tuple(latent_BCFHW.shape)).to(latent_BCFHW.device)
+            latent_BCFHW = torch.lerp(latent_BCFHW, drawn_BCFHW, decode.noise_scale)
+        return compress_range(latent_BCFHW, compression=decode.tone_map) if decode.tone_map else latent_BCFHW
+
+    def _frames(self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig) -> Iterator[np.ndarray]:
+        noise = DecodeNoise(recipe.decode.timestep) if self.video_decoder.takes_noise else None
         with _memory_reported(shape):
-            yield from decode_frames(self.video_decoder, latent_BCFHW, shape)
+            yield from decode_frames(self.video_decoder, latent_BCFHW, shape, noise=noise, resize=recipe.resize)
 
     def _require_can_follow(self, recipe: RecipeConfig) -> None:
+        hparams = self.denoiser.hparams
+        # LTX-Video's positions are where a token starts, LTX-2's the middle of its extent.
+        family, last = "ltx_video" if hparams.rotary.at_start else "ltx2", hparams.num_layers - 1
         for stage in recipe.stages:
             sampler_named(stage.sampler)
-        divisors = [stage.size_divisor for stage in recipe.stages]
-        if any(after > before for before, after in pairwise(divisors)):
-            raise UsageError(f"recipe {recipe.name}: size_divisor must not grow from stage to stage, got {divisors}")
-        if len(set(divisors)) > 1 and self.upsampler is None:
+            if stage.family != family:
+                raise UsageError(
+                    f"recipe {recipe.name} is for models of family {stage.family}, this one is {family}; use another"
+                )
+            if stage.adapter and stage.adapter not in self.adapter_files:
+                raise UsageError(
+                    f"recipe {recipe.name} needs model.adapters.{stage.adapter}, got {sorted(self.adapter_files)}; "
+                    "name its file in the model's YAML or use another recipe"
+                )
+            for guidance in stage.guidance:
+                if any(block > last for block in guidance.stg_blocks):
+                    raise UsageError(
+                        f"recipe.stages.guidance.stg_blocks must be blocks of the model, 0 to {last}, got "
+                        f"{guidance.stg_blocks}; correct recipe {recipe.name} or model.tuning.stg_blocks"
+                    )
+        if any(stage.upsample != 1 for stage in recipe.stages) and self.upsampler is None:
             raise UsageError(f"recipe {recipe.name} needs model.spatial_upscaler, got none; use a recipe of one stage")
 
 
-def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, ops: OpSet) -> RenderEngine:
-    """Every part of `model` on `device`, and the calling thread's number of torch threads set.
-
-    Raises UsageError or CheckpointMismatch, before weights are read where the headers show it, if a file is missing,
-    is of another kind, or disagrees with `model.size`.
-    """
-    started = time.monotonic()
-    torch.set_num_threads(precision.torch_threads)
-    # The vocoder runs in float32 always; TensorFloat-32 would round its convolutions' inputs to 10 bits.
-    torch.backends.cudnn.allow_tf32 = False
-    folder, dtype = Path(model.folder), _DTYPES[precision.dtype]
-    checkpoint = CheckpointFile(folder / model.checkpoint)
-    _require_size(model, checkpoint)
-    require_usable_dtypes(checkpoint.path, checkpoint.tensor_specs())
-    _require_all_tensors_known(checkpoint)
-    upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
-
-    encoder = load_text_encoder(
-        folder / model.text_encoder, max_tokens=model.size.text_tokens, device=device, dtype=dtype
-    )
-    text_loaded = time.monotonic()
-    connectors = load_text_connectors(checkpoint, device=device, dtype=dtype)
-    video_decoder = load_video_decoder(checkpoint, device=device, dtype=dtype)
-    upsampler = None
-    if upscaler is not None:
-        upsampler = load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
-    engine = RenderEngine(
-        text=TextConditioner(encoder, connectors),
-        denoiser=load_denoiser(checkpoint, ops, device, dtype),
-        upsampler=upsampler,
-        video_decoder=video_decoder,
-        audio_decoder=load_audio_decoder(checkpoint, device=device, dtype=dtype),
-        vocoder=load_vocoder(checkpoint, device=device),
-        device=device,
-    )
-    seconds = {"text_encoder_s": text_loaded - started, "load_s": time.monotonic() - started}
-    log.info("engine loaded", extra={"facts": {"model": model.name, "device": device, **seconds}})
-    return engine
-
-
-def _stage_shape(rendered: PixelShape, divisor: int) -> LatentShape:
-    shape = latent_shape(replace(rendered, height=rendered.height // divisor, width=rendered.width // divisor))
+def _latent_shape(rendered: PixelShape, height: int, width: int) -> LatentShape:
+    shape = latent_shape(replace(rendered, height=height, width=width))
     # A single frame at a high rate rounds to no sound at all, which neither denoiser nor decoder can take.
     return replace(shape, num_audio_latents=max(1, shape.num_audio_latents))
-
-
-def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
-    hparams = read_hparams(checkpoint)
-    if hparams.audio is None:
-        raise UsageError(f"{checkpoint.path} holds no audio stream; use an LTX-2 audio-video checkpoint")
-    stored = {
-        "num_layers": hparams.num_layers,
-        "video_width": hparams.video.width,
-        "audio_width": hparams.audio.width,
-    }
-    wrong = [
-        f"model.size.{name} must be {value}, got {getattr(model.size, name)}"
-        for name, value in stored.items()
-        if getattr(model.size, name) != value
-    ]
-    if wrong:
-        raise UsageError(f"{'; '.join(wrong)}: {checkpoint.path} says so; correct conf/model/{model.name}.yaml")
-
-
-def _require_all_tensors_known(checkpoint: CheckpointFile) -> None:
-    """The denoiser accounts for its own tensors and every part for its missing ones; this finds what nobody owns."""
-    names = checkpoint.tensor_specs()
-    known = set(denoiser_tensors(names)) | tensors_of_parts(checkpoint.config)
-    unknown = sorted(name for name in names if name not in known and not _KNOWN_AND_UNUSED.fullmatch(name))
-    if unknown:
-        shown = ", ".join(unknown[:5]) + (" ..." if len(unknown) > 5 else "")
-        raise CheckpointMismatch(f"{checkpoint.path} holds {len(unknown)} tensors that no part owns: {shown}")
 
 
 @contextmanager

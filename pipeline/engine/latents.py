@@ -9,7 +9,7 @@ Shapes: B batch, C channels, F latent frames, H latent height, W latent width, T
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,23 @@ from pipeline.geometry import AUDIO_LATENTS_PER_SECOND, SPATIAL_CELL_PX, TEMPORA
 MEL_FRAMES_PER_LATENT = 4
 MEL_FRAMES_PER_SECOND = AUDIO_LATENTS_PER_SECOND * MEL_FRAMES_PER_LATENT
 
-# Called with a token shape (B,T,C) and answers with standard normal noise in float32 on the CPU.
-NoiseSource = Callable[[tuple[int, int, int]], Tensor]
+# Called with a shape and answers with standard normal noise in float32 on the CPU.
+NoiseSource = Callable[[tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Both streams in token layout (B,T,C), float32."""
+    """Both streams in token layout (B,T,C), float32; `audio_BTC` is None for a model without sound."""
 
     video_BTC: Tensor
-    audio_BTC: Tensor
+    audio_BTC: Tensor | None
+
+    def map(self, function: Callable[..., Tensor], *others: Tokens) -> Tokens:
+        """`function` of each stream's tensors, these first, then those of `others`; video before audio."""
+        video_BTC = function(self.video_BTC, *(other.video_BTC for other in others))
+        if self.audio_BTC is None:
+            return Tokens(video_BTC, None)
+        return Tokens(video_BTC, function(self.audio_BTC, *(other.audio_BTC for other in others)))
 
 
 class ChannelStatistics(nn.Module):
@@ -56,7 +63,7 @@ def seeded_noise(seed: int) -> NoiseSource:
     """Noise of one clip: all draws come in turn from one generator on the CPU, so every device sees the same."""
     generator = torch.Generator("cpu").manual_seed(seed % 2**64)
 
-    def draw(shape: tuple[int, int, int]) -> Tensor:
+    def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     return draw
@@ -64,17 +71,15 @@ def seeded_noise(seed: int) -> NoiseSource:
 
 def add_noise(clean: Tokens, noise: NoiseSource, sigma: float) -> Tokens:
     """`clean` moved towards fresh noise by `sigma` in [0,1]; video draws before audio, as the reference does."""
-    video_noise = noise(_token_shape(clean.video_BTC)).to(clean.video_BTC.device)
-    audio_noise = noise(_token_shape(clean.audio_BTC)).to(clean.audio_BTC.device)
-    return Tokens(torch.lerp(clean.video_BTC, video_noise, sigma), torch.lerp(clean.audio_BTC, audio_noise, sigma))
+    return clean.map(lambda x_BTC: torch.lerp(x_BTC, noise(tuple(x_BTC.shape)).to(x_BTC.device), sigma))
 
 
-def empty_tokens(shape: LatentShape, *, video_channels: int, audio_channels: int, device: str) -> Tokens:
+def empty_tokens(shape: LatentShape, *, video_channels: int, audio_channels: int | None, device: str) -> Tokens:
     """The state before any stage: zeros, which `add_noise` at 1 turns into pure noise."""
-    return Tokens(
-        torch.zeros(1, shape.num_video_tokens, video_channels, device=device),
-        torch.zeros(1, shape.num_audio_latents, audio_channels, device=device),
-    )
+    video_BTC = torch.zeros(1, shape.num_video_tokens, video_channels, device=device)
+    if audio_channels is None:
+        return Tokens(video_BTC, None)
+    return Tokens(video_BTC, torch.zeros(1, shape.num_audio_latents, audio_channels, device=device))
 
 
 def patchify_video(latent_BCFHW: Tensor) -> Tensor:
@@ -112,17 +117,19 @@ def video_positions(shape: LatentShape, *, device: torch.device | str) -> Tensor
     return positions[None]
 
 
+def keyframe_positions(shape: LatentShape, frame: int, *, device: torch.device | str) -> Tensor:
+    """[start,end) of the tokens of one picture shown at pixel frame `frame`, in space as the clip's: (1,3,T,2)."""
+    positions = video_positions(replace(shape, num_frames=1), device=device)
+    positions[:, 0, :] = torch.tensor((frame, frame + 1), device=device) / shape.fps
+    return positions
+
+
 def audio_positions(shape: LatentShape, *, device: torch.device | str) -> Tensor:
     """[start,end) of each audio token in seconds: (1,1,T,2), float32; clamped at 0 like the video's."""
     starts = torch.arange(shape.num_audio_latents, device=device)
     mel_frames = torch.stack((starts, starts + 1), dim=-1) * MEL_FRAMES_PER_LATENT
     mel_frames = (mel_frames + 1 - MEL_FRAMES_PER_LATENT).clamp(min=0)
     return (mel_frames / MEL_FRAMES_PER_SECOND)[None, None]
-
-
-def _token_shape(tokens_BTC: Tensor) -> tuple[int, int, int]:
-    batch, count, channels = tokens_BTC.shape
-    return batch, count, channels
 
 
 def _along(values_C: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -1,6 +1,7 @@
-"""The noise levels of a stage as steps. The levels are the recipe's data; nothing is computed from a token count.
+"""The noise levels of a stage as steps.
 
-What a step does with its two levels is in `samplers.py`.
+Where the levels come from (a list, a schedule) is in `pipeline/config/schedule.py`, what a step does with its two in
+`samplers.py`.
 """
 
 from __future__ import annotations

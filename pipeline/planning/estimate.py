@@ -21,11 +21,12 @@ UNCALIBRATED = "uncalibrated"
 
 
 def denoiser_flops(size: DenoiserSize, shape: LatentShape) -> float:
-    """Floating-point operations of one pass of the LTX-2 denoiser over one clip (a multiply-add counts as 2).
+    """Floating-point operations of one prediction of the denoiser for one clip (a multiply-add counts as 2).
 
     Per layer, with D and A the video and audio widths, N and M the video and audio tokens, L the text tokens:
     linear layers 28 D^2 N + 4 D^2 L + 28 A^2 M + 4 A^2 L and, between the streams, 8 D A N + 8 A^2 M; attention
-    4 D N^2 + 4 D N L + 4 A M^2 + 4 A M L + 8 A N M. Derived from the blocks of `pipeline/model`; at the published sizes
+    4 D N^2 + 4 D N L + 4 A M^2 + 4 A M L + 8 A N M. A is 0 for a model without sound. Derived from the blocks of
+    `pipeline/model`; at the published sizes
     it agrees within 0.2 % with an operator-level counter (`tests/unit/test_estimate.py`).
     """
     d, a, text = size.video_width, size.audio_width, size.text_tokens
@@ -36,14 +37,19 @@ def denoiser_flops(size: DenoiserSize, shape: LatentShape) -> float:
 
 
 def clip_flops(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize) -> float:
-    """Operations of a whole clip: text encoding, every step of every stage, video decoding."""
+    """Operations of a whole clip: the prompt, every prediction of every step of every stage, video decoding.
+
+    A negative prompt is not counted: clips that share it, as most do, encode it once.
+    """
     rendered = request.shape.rendered
     total = size.text_flops_per_token * size.text_tokens
-    for stage in recipe.stages:
-        divisor = stage.size_divisor
-        pixels = PixelShape(rendered.num_frames, rendered.height // divisor, rendered.width // divisor, rendered.fps)
-        total += (len(stage.sigmas) - 1) * denoiser_flops(size, latent_shape(pixels))
-    return total + size.decode_flops_per_pixel * rendered.num_frames * rendered.height * rendered.width
+    sizes = recipe.stage_sizes(rendered.height, rendered.width)
+    for stage, (height, width) in zip(recipe.stages, sizes, strict=True):
+        shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
+        samples = stage.num_samples(shape.num_video_tokens, has_audio=size.audio_width > 0)
+        total += samples * denoiser_flops(size, shape)
+    height, width = sizes[-1]
+    return total + size.decode_flops_per_pixel * rendered.num_frames * height * width
 
 
 @dataclass(frozen=True)

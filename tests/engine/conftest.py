@@ -12,7 +12,8 @@ import torch
 from kernels.ops import reference_ops
 from pipeline.config.model import DenoiserSize, ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, StageConfig
-from pipeline.engine.engine import RenderEngine, load_engine
+from pipeline.engine.engine import RenderEngine
+from pipeline.engine.loading import load_engine
 from pipeline.engine.nano import CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER, build_nano
 from pipeline.records.request import RenderRequest
 
@@ -64,7 +65,13 @@ def engine(nano_model: ModelConfig, load: Callable[..., RenderEngine]) -> Render
 
 @pytest.fixture
 def recipe() -> RecipeConfig:
-    return RecipeConfig(name="two_stage", stages=[StageConfig(2, STAGE_1_SIGMAS), StageConfig(1, STAGE_2_SIGMAS)])
+    return RecipeConfig(
+        name="two_stage",
+        stages=[
+            StageConfig(size_factor=0.5, sigmas=STAGE_1_SIGMAS),
+            StageConfig(upsample=2.0, sigmas=STAGE_2_SIGMAS),
+        ],
+    )
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import RecipeConfig, StageConfig
+from pipeline.engine.components.upsampler import compress_range
 from pipeline.engine.decode import CHUNK_FRAMES
 from pipeline.errors import CheckpointMismatch, EngineFault, OutOfMemory, UsageError
 from pipeline.model.checkpoint import CheckpointFile
@@ -79,6 +81,7 @@ def test_stages_are_reported_as_they_begin(engine, recipe, request_for):
 
 def test_nothing_is_decoded_before_the_first_chunk_is_taken(engine, recipe, request_for):
     class Watched:
+        takes_noise = False
         calls = 0
 
         def decode(self, latent, **_):
@@ -93,15 +96,17 @@ def test_nothing_is_decoded_before_the_first_chunk_is_taken(engine, recipe, requ
 
 def test_recipe_of_one_stage_never_upsamples(engine, request_for):
     begun = []
-    one_stage = RecipeConfig(name="one", stages=[StageConfig(1, [1.0, 0.5, 0.0])])
-    streams = dataclasses.replace(engine, upsampler=None).render(request_for(width=96), one_stage, begun.append)
+    one_stage = RecipeConfig(name="one", stages=[StageConfig(sigmas=[1.0, 0.5, 0.0])])
+    streams = dataclasses.replace(engine, upsampler=None).render(
+        request_for(width=96, grid_px=32), one_stage, begun.append
+    )
     assert begun == ["text_encode", "denoise", "decode"]
     assert next(streams.frames).shape == (9, 64, 96, 3)
 
 
 def test_second_stage_at_the_same_size_starts_from_the_first(engine, request_for):
     begun = []
-    stages = [StageConfig(1, [1.0, 0.5, 0.0]), StageConfig(1, [0.5, 0.0])]
+    stages = [StageConfig(sigmas=[1.0, 0.5, 0.0]), StageConfig(sigmas=[0.5, 0.0])]
     engine.render(request_for(), RecipeConfig(name="again", stages=stages), begun.append)
     assert begun == ["text_encode", "denoise", "denoise", "decode"]
 
@@ -111,10 +116,105 @@ def test_recipe_that_upsamples_needs_an_upscaler(engine, recipe, request_for):
         dataclasses.replace(engine, upsampler=None).render(request_for(), recipe, _ignore)
 
 
-def test_recipe_that_shrinks_is_refused(engine, request_for):
-    shrinking = RecipeConfig(name="odd", stages=[StageConfig(d, [0.5, 0.0]) for d in (1, 2, 1)])
-    with pytest.raises(UsageError, match=r"must not grow from stage to stage, got \[1, 2, 1\]"):
-        engine.render(request_for(), shrinking, _ignore)
+def test_perturbed_blocks_the_model_does_not_have_are_refused(engine, request_for):
+    guidance = [GuidanceConfig(video=StreamGuidance(stg=1.0), stg_blocks=[1, 2])]
+    recipe = RecipeConfig(name="deep", stages=[StageConfig(sigmas=[1.0, 0.0], guidance=guidance)])
+    with pytest.raises(UsageError, match=r"must be blocks of the model, 0 to 1, got \[1, 2\]; correct recipe deep"):
+        engine.render(request_for(), recipe, _ignore)
+
+
+def test_frames_of_a_small_stage_are_enlarged_to_the_asked_size(engine, request_for):
+    small = RecipeConfig(name="draft", resize=True, stages=[StageConfig(0.5, sigmas=[1.0, 0.5, 0.0])])
+    whole = RecipeConfig(name="whole", stages=[StageConfig(sigmas=[1.0, 0.5, 0.0])])
+    half, _ = _render(engine, whole, request_for(width=128, height=64))
+    frames, _ = _render(engine, small, request_for(width=254, height=128))
+    assert frames.shape == (9, 128, 254, 3)
+    # Enlarging twofold keeps the mean, but for the two columns that are cropped.
+    assert frames.mean() == pytest.approx(half.mean(), abs=1)
+
+
+def test_negative_prompt_is_encoded_only_where_it_makes_a_difference(engine, request_for):
+    asked = []
+
+    class Counting:
+        def encode(self, prompts):
+            asked.extend(prompts)
+            return encoder.encode(prompts)
+
+    encoder = engine.text._encoder
+    engine.text._encoder = Counting()
+    for cfg, expected in ((1.0, ["a"]), (2.0, ["no fog", "b"])):
+        guidance = [GuidanceConfig(video=StreamGuidance(cfg=cfg))]
+        stage = StageConfig(sigmas=[1.0, 0.0], guidance=guidance)
+        asked.clear()
+        recipe = RecipeConfig(name="r", negative_prompt="no fog", stages=[stage])
+        engine.render(request_for(prompt=expected[-1]), recipe, _ignore)
+        assert asked == expected
+
+
+class _Fusions:
+    """Notes which adapters are asked for, stage by stage."""
+
+    def __init__(self):
+        self.asked = []
+
+    def use(self, adapters):
+        self.asked.append(list(adapters))
+
+
+def test_each_stage_has_the_clips_adapters_and_its_own(engine, recipe, request_for):
+    fused = _Fusions()
+    recipe.stages[1].adapter = "distilled"
+    other = dataclasses.replace(engine, fused=fused, adapter_files={"distilled": "d.safetensors"})
+    other.render(request_for(), recipe, _ignore, adapters=[("camera.safetensors", 0.8)])
+    camera = ("camera.safetensors", 0.8)
+    assert fused.asked == [[camera], [camera, ("d.safetensors", 1.0)]]
+
+
+def test_a_fused_adapter_changes_the_clip_and_the_next_one_is_rendered_without_it(
+    engine, recipe, request_for, tmp_path
+):
+    name = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    factors = {"A": torch.full((2, 64), 0.3), "B": torch.full((64, 2), 0.3)}
+    path = tmp_path / "adapter.safetensors"
+    save_file({f"{name}.lora_{factor}.weight": tensor for factor, tensor in factors.items()}, path)
+    plain, _ = _render(engine, recipe, request_for())
+    recipe.stages[1].adapter = "distilled"
+    adapted, _ = _render(dataclasses.replace(engine, adapter_files={"distilled": str(path)}), recipe, request_for())
+    recipe.stages[1].adapter = ""
+    again, _ = _render(engine, recipe, request_for())
+    assert not np.array_equal(plain, adapted)
+    assert np.array_equal(plain, again)
+
+
+def test_adapter_the_model_has_not_is_refused(engine, recipe, request_for):
+    recipe.stages[1].adapter = "distilled"
+    with pytest.raises(UsageError, match=r"needs model\.adapters\.distilled, got \[\]"):
+        engine.render(request_for(), recipe, _ignore)
+
+
+def test_recipe_of_another_family_is_refused(engine, request_for):
+    recipe = RecipeConfig(name="v", stages=[StageConfig(sigmas=[1.0, 0.0], family="ltx_video")])
+    with pytest.raises(UsageError, match="recipe v is for models of family ltx_video, this one is ltx2"):
+        engine.render(request_for(), recipe, _ignore)
+
+
+def test_tone_mapping_of_a_recipe_compresses_what_is_decoded(engine, recipe, request_for):
+    recipe.decode.tone_map = 0.6
+    decoded = []
+
+    class Noting:
+        takes_noise = False
+
+        def decode(self, latent, **_):
+            decoded.append(latent)
+            return engine.video_decoder.decode(latent)
+
+    noting = dataclasses.replace(engine, video_decoder=Noting())
+    for strength in (0.0, 0.6):
+        recipe.decode.tone_map = strength
+        _render(noting, recipe, request_for())
+    assert torch.equal(decoded[1], compress_range(decoded[0], compression=0.6))
 
 
 def test_unknown_sampler_is_refused_before_anything_is_computed(engine, recipe, request_for):
@@ -132,6 +232,8 @@ def test_single_frame_at_a_rate_that_leaves_no_sound_still_renders(engine, recip
 
 
 class _Fails:
+    takes_noise = False
+
     def __init__(self, error):
         self.error = error
 
@@ -158,6 +260,8 @@ def test_exhausted_memory_is_reported_with_what_was_asked(engine, recipe, reques
 )
 def test_decoder_that_gives_nonsense_is_a_fault(engine, recipe, request_for, video, message):
     class Wrong:
+        takes_noise = False
+
         def decode(self, latent, **_):
             return video
 
@@ -168,6 +272,8 @@ def test_decoder_that_gives_nonsense_is_a_fault(engine, recipe, request_for, vid
 
 def test_value_between_two_bytes_becomes_the_nearer_one(engine, recipe, request_for):
     class Grey:
+        takes_noise = False
+
         def decode(self, latent, **_):
             return torch.full((1, 3, 9, 64, 64), 0.3)
 
@@ -198,6 +304,11 @@ def test_loading_says_how_long_it_took_and_sets_the_threads(nano_model, load, ca
     facts = caplog.records[-1].facts
     assert facts["load_s"] >= facts["text_encoder_s"] > 0
     assert facts["device"] == "cpu"
+
+
+def test_denoiser_follows_the_models_rule_for_the_streams_timesteps(nano_model, load):
+    nano_model.exchange_timesteps = "first"
+    assert load(nano_model).denoiser.hparams.exchange_timesteps == "first"
 
 
 def test_sizes_that_disagree_with_the_checkpoint_are_refused_together(nano_model, load):

@@ -8,7 +8,7 @@ import torch
 
 from kernels.ops import reference_ops
 from pipeline.config.model import PrecisionConfig
-from pipeline.engine.engine import load_engine
+from pipeline.engine.loading import load_engine
 
 pytestmark = [
     pytest.mark.gpu,

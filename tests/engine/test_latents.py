@@ -57,18 +57,18 @@ def test_first_latent_frame_is_one_picture_and_the_next_are_eight():
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.909375])
-def test_noising_is_the_references(golden, scale):
+def test_trap_15_noising_is_the_references(golden, scale):
     case = golden("schedulers/case_steps")
     mask, clean, latent, noise = (
         case[f"in.{name}"] for name in ("denoise_mask", "noiser_clean", "noiser_latent", "noise")
     )
     noised = add_noise(Tokens(latent, latent), lambda shape: noise, scale)
-    # The reference also holds tokens to a clean latent by a mask, which the engine has no use for yet.
+    # The engine's hold (conditions.py) does the second half.
     case.assert_close(f"out.noiser.scale{scale}", torch.lerp(clean, noised.video_BTC, mask))
     assert torch.equal(noised.video_BTC, noised.audio_BTC)
 
 
-def test_one_generator_draws_video_before_audio():
+def test_trap_15_one_generator_draws_video_before_audio():
     start = empty_tokens(LatentShape(1, 1, 2, 3, 24.0), video_channels=4, audio_channels=5, device="cpu")
     noised = add_noise(start, seeded_noise(7), 1.0)
     generator = torch.Generator().manual_seed(7)

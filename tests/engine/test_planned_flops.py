@@ -10,7 +10,18 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.ops import reference_ops
+from pipeline.config.guidance import GuidanceConfig, StreamGuidance
+from pipeline.config.model import DenoiserSize
+from pipeline.config.recipe import RecipeConfig, StageConfig
+from pipeline.config.schedule import ScheduleConfig
+from pipeline.engine.components.text import TextContext
+from pipeline.engine.denoise import Scene, Texts, denoise
+from pipeline.engine.engine import Brief
+from pipeline.engine.latents import Tokens, seeded_noise
 from pipeline.geometry import PixelShape, latent_shape
+from pipeline.model.checkpoint import CheckpointFile, load_denoiser
+from pipeline.planning.estimate import denoiser_flops
 
 NANO_YAML = Path(__file__).resolve().parents[2] / "conf" / "model" / "nano.yaml"
 
@@ -39,3 +50,35 @@ def test_planned_flops_of_a_pixel_are_those_of_the_video_decoder(engine, planned
     measured = _count(lambda: engine.video_decoder.decode(latent))
     measured /= pixels.num_frames * pixels.height * pixels.width
     assert planned["decode_flops_per_pixel"] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["guided", "res_2s"])
+def test_planned_flops_of_a_guided_stage_are_those_of_its_predictions(engine, kind):
+    """Within 10 %: what is done once a step and not once a token is left out, and shows at toy width."""
+    guidance = [
+        GuidanceConfig(0.5, StreamGuidance(cfg=3.0)),
+        GuidanceConfig(0.0, StreamGuidance(cfg=3.0, stg=1.0, modality=3.0), stg_blocks=[1]),
+    ]
+    sampler = "res_2s" if kind == "res_2s" else "euler"
+    stage = StageConfig(schedule=ScheduleConfig(num_steps=4), guidance=guidance, sampler=sampler)
+    recipe = RecipeConfig(name="guided", stages=[stage])
+    pixels = PixelShape(num_frames=25, height=256, width=384, fps=24.0)
+    shape = latent_shape(pixels)
+    texts = engine._texts("a red fox", recipe)
+    measured = _count(lambda: engine.sample(Brief(texts, pixels), recipe, seeded_noise(1), lambda stage: None))
+    size = DenoiserSize(num_layers=2, video_width=64, audio_width=32, text_tokens=128)
+    samples = stage.num_samples(shape.num_video_tokens, has_audio=True)
+    assert samples * denoiser_flops(size, shape) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 384), (128, 192)])
+def test_planned_flops_of_an_ltx_video_prediction_are_those_of_its_denoiser(fixtures, height, width):
+    checkpoint = CheckpointFile(fixtures / "e2e_ltxv_0_9_8" / "checkpoint.safetensors")
+    denoiser = load_denoiser(checkpoint, reference_ops(), "cpu")
+    shape = latent_shape(PixelShape(num_frames=25, height=height, width=width, fps=24.0))
+    stage = StageConfig(sigmas=[1.0, 0.0], family="ltx_video")
+    texts = Texts(TextContext(torch.zeros(1, 16, 40), None, torch.ones(1, 16)))
+    start = Tokens(torch.zeros(1, shape.num_video_tokens, 16), None)
+    measured = _count(lambda: denoise(denoiser, start, Scene(shape, texts), stage, seeded_noise(1)))
+    size = DenoiserSize(num_layers=3, video_width=64, audio_width=0, text_tokens=16)
+    assert denoiser_flops(size, shape) == pytest.approx(measured, rel=0.1)

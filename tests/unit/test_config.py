@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from jobs import entry
 from jobs.entry import RenderJob, compose_job, compose_recipes
 from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
+from pipeline.planning.plan import recipe_content
 
 
 def refused(*arguments: str) -> str:
@@ -25,10 +27,23 @@ def refused(*arguments: str) -> str:
         ("recipe.encode.preset=fastest", "recipe.encode.preset must be one of ultrafast"),
         ("recipe.encode.x264_threads=0", "x264_threads must be 1 or more, got 0"),
         ("recipe.stages=[]", "recipe.stages must be one stage or more"),
-        ("recipe.stages=[{sigmas:[1.0,0.0],sampler:magic}]", "recipe.stages.sampler must be one of euler, got 'magic'"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],sampler:magic}]", "recipe.stages.sampler must be one of euler, euler_anc"),
         ("recipe.stages=[{sigmas:[0.5,0.7,0.0]}]", "two or more descending levels"),
-        ("recipe.stages=[{size_divisor:2,sigmas:[1.0,0.0]}]", "must be at full size"),
-        ("recipe.stages=[{size_divisor:3,sigmas:[1.0,0.0]}]", "size_divisor must be 1 or 2, got 3"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],schedule:{num_steps:3}}]", "sigmas must be empty beside a schedule"),
+        ("recipe.stages=[{size_factor:0.5,sigmas:[1.0,0.0]}]", "must be at the rendered size, got 0.5"),
+        ("recipe.stages=[{size_factor:0,sigmas:[1.0,0.0]}]", "size_factor must be above 0, at most 1, got 0"),
+        ("recipe.stages=[{upsample:3,sigmas:[1.0,0.0]}]", "upsample must be 1.0 or 2.0, got 3"),
+        ("recipe.stages=[{upsample:2,sigmas:[1.0,0.0]}]", "the first of recipe.stages must be without upsample"),
+        ("recipe.stages=[{sigmas:[1.0,0.0]},{size_factor:0.5,sigmas:[1.0,0.0]}]", "must be without size_factor"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],eta:2}]", "eta must be between 0 and 1, got 2"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],family:sd}]", "family must be ltx2 or ltx_video, got 'sd'"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],stg_strategy:all}]", "stg_strategy must be one of values, attention"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],sampler:euler_cfg_pp}]", "another one in a stage without cfg"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],guidance:[{video:{stg:1.0}}]}]", "stg_blocks must be one block or more"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],guidance:[{video:{cfg:-1}}]}]", "guidance.cfg must be a finite number"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],guidance:[{},{down_to:0.5}]}]", "in order of falling down_to"),
+        ("recipe.sound_from_stage=3", "sound_from_stage must be the number of a stage, got 3; use 1 to 2"),
+        ("recipe.decode.tone_map=2", "recipe.decode.tone_map must be between 0 and 1, got 2"),
         ("recipe.clip.num_frames=24", "clip.num_frames must be 8k+1, got 24"),
         ("model.clip.width=63", "clip.width must be even and at least 2, got 63"),
         ("recipe.clip.fps=nan", "clip.fps must be between 1 and 240, got nan"),
@@ -90,3 +105,18 @@ def test_ids_are_taken_as_they_stand() -> None:
     job = compose_job(RenderJob, "render", ['ids=[1_0, 1e3,true,"a,b",${x},007]', "run_id=1e3"])
     assert job.ids == ["1_0", "1e3", "true", "a,b", "${x}", "007"]
     assert job.run_id == "1e3"
+
+
+def test_guided_recipes_take_what_differs_between_models_from_the_model() -> None:
+    recipe = compose_job(RenderJob, "render", ["recipe=one_stage"]).recipe
+    schedule = recipe.stages[0].schedule
+    assert schedule is not None and schedule.num_steps == 4
+    assert recipe.stages[0].guidance[0].stg_blocks == [1]
+    assert recipe.has_guidance and recipe.grid_px == 32
+
+
+def test_every_recipes_content_can_be_hashed() -> None:
+    recipes = compose_recipes("render", [])
+    assert len(recipes) >= 9
+    for recipe in recipes.values():
+        json.dumps(recipe_content(recipe), allow_nan=False)

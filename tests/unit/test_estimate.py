@@ -6,8 +6,10 @@ from decimal import Decimal
 
 import pytest
 
+from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.model import ClipDefaults, DenoiserSize
 from pipeline.config.recipe import RecipeConfig, StageConfig
+from pipeline.config.schedule import ScheduleConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.geometry import PixelShape, latent_shape
 from pipeline.planning.estimate import Estimator, clip_flops, denoiser_flops, quote
@@ -17,8 +19,8 @@ FULL = DenoiserSize(48, 4096, 2048, 1024, 2.39e10, 1.266e6)
 RECIPE = RecipeConfig(
     "two_stage",
     ClipDefaults(),
-    stages=[StageConfig(2, [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]),
-            StageConfig(1, [0.909375, 0.725, 0.421875, 0.0])],
+    stages=[StageConfig(0.5, sigmas=[1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]),
+            StageConfig(upsample=2.0, sigmas=[0.909375, 0.725, 0.421875, 0.0])],
 )  # fmt: skip
 
 
@@ -46,3 +48,24 @@ def test_a_quote_sums_clips_and_prices_the_sum() -> None:
     assert float(total.cost_usd) == pytest.approx(total.gpu_seconds * 0.001, rel=1e-6)
     assert total.source == "uncalibrated"
     assert total.video_seconds == pytest.approx(3 * 25 / 24)
+
+
+def test_guidance_costs_a_prediction_for_each_scale_that_is_not_void() -> None:
+    request = parse(width=768, height=512)
+    guided = StageConfig(
+        schedule=ScheduleConfig(num_steps=10),
+        guidance=[GuidanceConfig(video=StreamGuidance(cfg=3.0, stg=1.0), stg_blocks=[29])],
+    )
+    plain = StageConfig(schedule=ScheduleConfig(num_steps=10))
+    fixed = FULL.text_flops_per_token * FULL.text_tokens + FULL.decode_flops_per_pixel * 25 * 512 * 768
+    costs = [clip_flops(request, RecipeConfig("r", stages=[stage]), FULL) - fixed for stage in (guided, plain)]
+    assert costs[0] == pytest.approx(3 * costs[1])
+
+
+def test_a_resized_recipe_decodes_only_what_its_last_stage_makes() -> None:
+    """Two thirds of 768x512 on the grid of 32 px is 480x320 (511 rounds down), twice that 960x640."""
+    size = DenoiserSize(1, 0, 0, 0, 0.0, 1.0)
+    stages = [StageConfig(0.6666666, sigmas=[1.0, 0.0]), StageConfig(upsample=2.0, sigmas=[0.5, 0.0])]
+    recipe = RecipeConfig("r", stages=stages, resize=True)
+    assert recipe.stage_sizes(512, 768) == [(320, 480), (640, 960)]
+    assert clip_flops(parse(width=768, height=512), recipe, size) == 25 * 640 * 960
