@@ -16,7 +16,7 @@ from pipeline.planning.estimate import quote
 from pipeline.planning.plan import Plan
 from pipeline.storage.filesystem import local_path, write_atomically
 from pipeline.storage.manifest import Manifest
-from pipeline.storage.models import NotStaged, fingerprint
+from pipeline.storage.models import NOT_STAGED, NotStaged, fingerprint
 
 NUM_REJECTIONS_SHOWN = 20
 
@@ -28,7 +28,7 @@ def quote_job(job: RenderJob, recipes: Mapping[str, RecipeConfig]) -> int:
     except NotStaged:
         # Without its files nothing can be known to be done; the quote is then for all rows, and says so.
         sys.stdout.write(f"model {job.model.name} is not staged here: every valid row counts as still to render\n")
-        model_fingerprint = "not staged"
+        model_fingerprint = NOT_STAGED
     manifest, plan = make_plan(job, recipes, model_fingerprint)
     facts = _facts(job, manifest, plan)
     sys.stdout.write(_as_text(facts))

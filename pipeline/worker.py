@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.recipe import RecipeConfig
+from pipeline.config.recipe import RecipeConfig, resolve
 from pipeline.cost.meter import Meter
 from pipeline.engine.engine import RenderEngine
 from pipeline.errors import EngineFault, PipelineError, fault_of
@@ -35,6 +35,7 @@ from pipeline.records.outcome import (
     commit_record,
 )
 from pipeline.records.work import WorkItem
+from pipeline.storage.adapters import local_adapter
 from pipeline.storage.assets import AssetStore, Published
 from pipeline.storage.filesystem import storage_error
 
@@ -93,6 +94,8 @@ class ClipWorker:
     store: AssetStore
     # A local folder for files that are not finished.
     scratch: Path
+    # Where copies of adapters from elsewhere are kept.
+    cache: Path
     meter: Meter
     recipes: Mapping[str, ClipRecipe]
     facts: RunFacts
@@ -135,22 +138,24 @@ class ClipWorker:
         request, clip = item.request, self.recipes[item.request.recipe]
         video, thumbnail = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg"))
         self.take_peak_gpu_bytes()
-        streams = self.engine.render(request, clip.recipe, attempt.enter)
-        assert streams.waveform is not None and streams.sample_rate_hz is not None, "models without sound come next"
+        adapters = [(local_adapter(use.uri, use.sha256, self.cache), use.strength) for use in request.wishes.adapters]
+        recipe = resolve(clip.recipe, **request.wishes.overrides())
+        streams = self.engine.render(request, recipe, attempt.enter, adapters)
+        sample_rate_hz = streams.sample_rate_hz or 0
         written = write_clip(
             video,
             _then(streams.frames, lambda: attempt.enter("encode")),
             streams.waveform,
             fps=request.fps,
             num_frames=request.num_frames,
-            sample_rate_hz=streams.sample_rate_hz,
+            sample_rate_hz=sample_rate_hz,
             settings=clip.encode,
         )
         write_thumbnail(thumbnail, written.first_frame, quality=clip.thumbnail_quality)
-        facts = self._checked(video, item, streams.sample_rate_hz)
+        facts = self._checked(video, item, sample_rate_hz)
         attempt.enter("upload")
         published = self.store.publish_video(video, item.file_stem)
-        published, facts = self._adopt_if_taken(published, facts, video, item, streams.sample_rate_hz)
+        published, facts = self._adopt_if_taken(published, facts, video, item, sample_rate_hz)
         poster = self.store.publish_thumbnail(thumbnail, item.file_stem)
         rendered = Rendered(
             item=item,
@@ -158,6 +163,7 @@ class ClipWorker:
             timings=attempt.timings(written.encode_busy_s),
             started_ns=attempt.started_ns,
             finished_ns=self.now_ns(),
+            prompt=streams.prompt,
             peak_gpu_memory_bytes=self.take_peak_gpu_bytes(),
             peak_host_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline.assembly.brief import WorkerBrief
 from pipeline.cluster.driver import Driver, Ending, StopRequest
 from pipeline.cluster.local_pool import LocalPool
 from pipeline.cluster.pool import Pool, Worker
@@ -25,14 +26,15 @@ from pipeline.cluster.progress import Counts, Progress, say
 from pipeline.config.cluster import Price
 from pipeline.config.jobs import RenderJob
 from pipeline.config.model import ModelConfig
-from pipeline.config.recipe import RecipeConfig
+from pipeline.config.recipe import RecipeConfig, misfit
 from pipeline.config.tree import to_plain
 from pipeline.cost.allocation import Allocation, allocate
 from pipeline.cost.meter import Meter, utc_clock
 from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
 from pipeline.errors import Interrupted, PipelineError, UsageError
 from pipeline.planning.estimate import Estimator
-from pipeline.planning.plan import Plan, Planner, Selection
+from pipeline.planning.memory import largest_demand
+from pipeline.planning.plan import Plan, Planner, Selection, resolved
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.planning.reach import refuse_scattered_output
@@ -43,6 +45,7 @@ from pipeline.report.rebuild import rebuild
 from pipeline.storage.adapters import AdapterShelf
 from pipeline.storage.assets import AssetStore, RunningIndex
 from pipeline.storage.manifest import Manifest, open_manifest
+from pipeline.storage.models import NOT_STAGED, staged_hashes
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
 from pipeline.storage.store import open_store
 
@@ -74,23 +77,42 @@ def planner(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: st
         fingerprint=fingerprint,
         limits=RequestLimits(job.limits.max_side_px, job.limits.max_duration_s),
         estimator=Estimator(job.model.size, worker_tflops(job, device), unit_price(worker_price(job, device))),
-        model=_model_rules(job.model),
+        **_model_facts(job.model, is_staged=fingerprint != NOT_STAGED),
     )
 
 
-def _model_rules(model: ModelConfig) -> ModelRules:
+def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
+    """What the planner is told of the model. Of one that is not staged here no file can be looked at."""
     folder = model.folder.rstrip("/")
-    return ModelRules(
-        cameras={move: f"{folder}/{file}" for move, file in model.cameras.items()},
-        can_enhance=model.can_enhance,
-        adapter_sha256=AdapterShelf(f"{folder}/{model.checkpoint}").sha256,
-    )
+    shelf = AdapterShelf(f"{folder}/{model.checkpoint}", staged_hashes(model.folder, model.name) if is_staged else {})
+
+    def sha256(uri: str) -> str:
+        return shelf.sha256(uri) if is_staged or not uri.startswith(folder) else NOT_STAGED
+
+    def adapters_of(recipe: RecipeConfig) -> dict[str, str]:
+        names = sorted({stage.adapter for stage in recipe.stages} - {""})
+        return {name: sha256(f"{folder}/{model.adapters[name]}") for name in names}
+
+    def misfit_of(recipe: RecipeConfig) -> str:
+        reason = misfit(recipe, model)
+        try:
+            if not reason:
+                adapters_of(recipe)
+        except UsageError as error:
+            reason = f"its adapter cannot be used: {error}"
+        return reason
+
+    cameras = {move: f"{folder}/{file}" for move, file in model.cameras.items()}
+    rules = ModelRules(cameras=cameras, can_enhance=model.can_enhance, adapter_sha256=sha256)
+    return {"rules": rules, "misfit": misfit_of, "adapters_of": adapters_of}
 
 
 def make_plan(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: str) -> tuple[Manifest, Plan]:
     """Read and judge the manifest, and see what is done; writes nothing."""
-    manifest = open_manifest(job.manifest)
     planning = planner(job, recipes, fingerprint)
+    if reason := planning.misfit(job.recipe):
+        raise UsageError(f"recipe must suit model {job.model.name}, got {job.recipe.name}: {reason}")
+    manifest = open_manifest(job.manifest)
     store = AssetStore(open_store(job.output))
 
     def committed(keys: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
@@ -171,7 +193,11 @@ class Run:
         )
 
     def _pool(self) -> Pool:
-        factory = partial(_build_worker, self.job, self.recipes, self.facts, self._device)
+        clips = [(item.request, resolved(self.recipes, item.request)) for item in self.plan.to_render]
+        element_bytes = 4 if self.job.precision.dtype == "float32" else 2
+        needed = largest_demand(clips, self.job.model.size, element_bytes=element_bytes)
+        brief = WorkerBrief(self.job, self.recipes, self.facts, self._device, needed)
+        factory = partial(_build_worker, brief)
         if self.job.cluster.pool == "in_process":
             return LocalPool(factory, self._acquire)
         # Imported where it is called: Ray loads only when it is asked for.
@@ -277,13 +303,11 @@ class Run:
         return timestamp(self._now_ns()).isoformat()
 
 
-def _build_worker(
-    job: RenderJob, recipes: dict[str, RecipeConfig], facts: RunFacts, device: str, meter: Meter
-) -> Worker:
+def _build_worker(brief: WorkerBrief, meter: Meter) -> Worker:
     # Imported where it is called: this is what loads torch, and only a worker needs it.
     from pipeline.assembly.worker_side import build_worker
 
-    return build_worker(job, recipes, facts, device, meter)
+    return build_worker(brief, meter)
 
 
 def _charge(rows: list[dict[str, Any]], allocation: Allocation, rendered: set[str]) -> None:

@@ -8,39 +8,41 @@ from pathlib import Path
 import torch
 
 from kernels.ops import device_ops
-from pipeline.config.jobs import RenderJob
+from pipeline.assembly.brief import WorkerBrief
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
-from pipeline.engine.loading import load_engine
+from pipeline.engine.loading import MemoryBudget, load_engine
 from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
-from pipeline.records.outcome import RunFacts
 from pipeline.storage.assets import AssetStore
 from pipeline.storage.models import local_copy
 from pipeline.storage.store import open_store
 from pipeline.worker import ClipRecipe, ClipWorker
 
 
-def build_worker(
-    job: RenderJob, recipes: dict[str, RecipeConfig], facts: RunFacts, device: str, meter: Meter
-) -> ClipWorker:
+def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     """Load the model and return a worker that is ready for its first item.
 
     Raises UsageError (CheckpointMismatch) when the model's files are not what the configuration says.
     """
     meter.enter("weight_load")
+    job, device = brief.job, brief.device
     if job.cluster.gpu_memory_limit_gb is not None:
         _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
     store = open_store(job.output)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
-    engine = load_engine(model, job.precision, device=device, ops=device_ops(device))
+    budget = (
+        MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.needed_bytes) if device == "cuda" else None
+    )
+    engine = load_engine(model, job.precision, device=device, ops=device_ops(device), budget=budget)
     return ClipWorker(
         engine=engine,
         store=AssetStore(store),
-        scratch=store.scratch(facts.run_id),
+        scratch=store.scratch(brief.facts.run_id),
+        cache=Path(job.model.cache),
         meter=meter,
-        recipes={name: _clip_recipe(recipe) for name, recipe in recipes.items()},
-        facts=facts,
+        recipes={name: _clip_recipe(recipe) for name, recipe in brief.recipes.items()},
+        facts=brief.facts,
         now_ns=meter.now_ns,
         take_peak_gpu_bytes=_take_peak_gpu_bytes if device == "cuda" else lambda: None,
     )
@@ -54,6 +56,11 @@ def _limit_gpu_memory(limit_gb: float, device: str) -> None:
     if limit_gb > total_gb:
         raise UsageError(f"cluster.gpu_memory_limit_gb must be at most {total_gb:.1f}, got {limit_gb}; leave it out")
     torch.cuda.set_per_process_memory_fraction(limit_gb / total_gb)
+
+
+def _free_gpu_bytes(limit_gb: float | None) -> int:
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return free_bytes if limit_gb is None else min(free_bytes, round(limit_gb * 1e9))
 
 
 def _take_peak_gpu_bytes() -> int:

@@ -38,6 +38,7 @@ class DenoiserSize:
     decode_flops_per_pixel: float = 0.0
 
 
+FAMILIES = ("ltx2", "ltx_video")
 # Which noise level gates what one stream takes from the other; the releases of the reference differ in it.
 EXCHANGE_TIMESTEPS = ("1.2.0", "1.0.0", "first")
 
@@ -69,6 +70,8 @@ class ModelConfig:
     # URI: hf://<owner>/<repository>[@<revision>]/<file or folder>, s3://...
     sources: dict[str, str] = field(default_factory=dict)
     license: str = ""
+    # ltx2 or ltx_video: which recipes it can follow.
+    family: str = "ltx2"
     has_audio: bool = True
     # If its text encoder can rewrite prompts: Gemma can, T5's encoder has no output words.
     can_enhance: bool = True
@@ -82,6 +85,7 @@ class ModelConfig:
     tuning: Tuning = field(default_factory=Tuning)
 
     def __post_init__(self) -> None:
+        require(self.family in FAMILIES, "model.family", " or ".join(FAMILIES), self.family, "see conf/model/family/")
         rules = ", ".join(EXCHANGE_TIMESTEPS)
         ok = self.exchange_timesteps in EXCHANGE_TIMESTEPS
         require(ok, "model.exchange_timesteps", f"one of {rules}", self.exchange_timesteps, 'use "1.2.0"')

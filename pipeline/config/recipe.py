@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from pipeline.config.checks import require
 from pipeline.config.guidance import POSITIVE, GuidanceConfig
-from pipeline.config.model import ClipDefaults
+from pipeline.config.model import FAMILIES, ClipDefaults, ModelConfig
 from pipeline.config.schedule import ScheduleConfig
 
 # Presets of libx264, fastest first, and the samplers of `engine/samplers.py` (a test holds them equal).
@@ -16,7 +16,6 @@ X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium"
 SAMPLERS = ("euler", "euler_ancestral", "euler_gradient", "euler_cfg_pp", "dpmpp_2m", "res_2s")
 # What a perturbed prediction has in place of self-attention: `pipeline/model/streams.py`.
 STG_STRATEGIES = ("values", "attention", "residual", "block")
-FAMILIES = ("ltx2", "ltx_video")
 CELL_PX = 32
 NEGATIVE_PROMPT = (
     "blurry, distorted, flickering or overexposed picture, compression artefacts, watermark, deformed faces and hands, "
@@ -90,6 +89,11 @@ class StageConfig:
         """What holds at a noise level; None where the stage is not guided."""
         last = self.guidance[-1] if self.guidance else None
         return next((entry for entry in self.guidance if entry.down_to <= sigma), last)
+
+    def samples_of_a_call(self, *, has_audio: bool) -> int:
+        """The most samples that one call of the denoiser is given."""
+        passes = [len(entry.passes(has_audio=has_audio)) for entry in self.guidance]
+        return max(passes, default=1) if self.batch_passes else 1
 
     def num_samples(self, num_tokens: int, *, has_audio: bool) -> int:
         """Samples the denoiser is given in all steps: every prediction of every evaluation counts one."""
@@ -191,6 +195,23 @@ class RecipeConfig:
             factor = int(stage.upsample)
             sizes.append((sizes[-1][0] * factor, sizes[-1][1] * factor))
         return sizes
+
+
+def misfit(recipe: RecipeConfig, model: ModelConfig) -> str:
+    """Why `model` cannot follow `recipe`, with the way out; empty if it can."""
+    last = model.size.num_layers - 1
+    for stage in recipe.stages:
+        if stage.family != model.family:
+            return f"it is for models of family {stage.family}, {model.name} is {model.family}; use another recipe"
+        if stage.adapter and stage.adapter not in model.adapters:
+            names = ", ".join(sorted(model.adapters)) or "none"
+            return f"it needs model.adapters.{stage.adapter}, {model.name} has {names}; name its file or use another"
+        blocks = [block for entry in stage.guidance for block in entry.stg_blocks]
+        if any(block > last for block in blocks):
+            return f"its stg_blocks must be 0 to {last}, got {blocks}; correct them or model.tuning.stg_blocks"
+        if stage.upsample != 1 and not model.spatial_upscaler:
+            return f"it needs model.spatial_upscaler, {model.name} has none; use a recipe of one stage"
+    return ""
 
 
 def unsupported_overrides(

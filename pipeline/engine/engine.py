@@ -33,6 +33,7 @@ from pipeline.engine.latents import (
     unpatchify_audio,
     unpatchify_video,
 )
+from pipeline.engine.residency import ALL_RESIDENT, Residency
 from pipeline.engine.samplers import sampler_named
 from pipeline.engine.sigmas import noise_levels
 from pipeline.engine.text import TextConditioner
@@ -42,6 +43,10 @@ from pipeline.model.adapters import FusedAdapters
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.records.request import RenderRequest
 from pipeline.telemetry import OnStage
+
+# Parts that may wait on the host between uses.
+DENOISER = "denoiser"
+VIDEO_DECODER = "video_decoder"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Streams:
     frames: Iterator[np.ndarray]
     waveform: np.ndarray | None
     sample_rate_hz: int | None
+    # As the model was given it: enhanced, if the request asked for that.
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class RenderEngine:
     audio_decoder: AudioDecoder | None
     vocoder: Vocoder | None
     device: str
+    residency: Residency = ALL_RESIDENT
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
 
@@ -123,7 +131,10 @@ class RenderEngine:
         shape, noise = request.shape, self.noise_for(request.seed)
         with _memory_reported(shape), torch.inference_mode():
             on_stage("text_encode")
-            texts = self._texts(request.prompt, recipe)
+            prompt = request.prompt
+            if request.wishes.enhance_prompt:
+                prompt = self.text.enhance(prompt, request.seed)
+            texts = self._texts(prompt, recipe)
             brief = Brief(texts, shape.rendered, tuple(adapters), tuple(pictures))
             latents = self.sample(brief, recipe, noise, on_stage)
 
@@ -133,7 +144,7 @@ class RenderEngine:
                 waveform = decode_waveform(self.audio_decoder, self.vocoder, latents.audio_BCTM)
             latent_BCFHW = self._decodable(latents.video_BCFHW, recipe.decode, noise)
         rate = None if self.vocoder is None else self.vocoder.sample_rate_hz
-        return Streams(self._frames(latent_BCFHW, shape, recipe), waveform, rate)
+        return Streams(self._frames(latent_BCFHW, shape, recipe), waveform, rate, prompt)
 
     @torch.inference_mode()
     def sample(self, brief: Brief, recipe: RecipeConfig, noise: NoiseSource, on_stage: OnStage) -> Latents:
@@ -148,8 +159,9 @@ class RenderEngine:
 
             on_stage("denoise")
             named = [(self.adapter_files[stage.adapter], 1.0)] if stage.adapter else []
-            self.fused.use([*brief.adapters, *named])
-            tokens, before = self._denoised(tokens, shape, stage, brief, noise), shape
+            with self.residency.using(DENOISER):
+                self.fused.use([*brief.adapters, *named])
+                tokens, before = self._denoised(tokens, shape, stage, brief, noise), shape
             sounds.append(tokens.audio_BTC)
         sound_BTC = sounds[recipe.sound_from_stage - 1]
         return Latents(unpatchify_video(tokens.video_BTC, before), self._unpatchified(sound_BTC))
@@ -174,8 +186,8 @@ class RenderEngine:
         return HeldPicture(self.video_encoder.encode(pixels_B31HW, noise=draw), picture.frame, picture.strength)
 
     def _texts(self, prompt: str, recipe: RecipeConfig) -> Texts:
-        negative = self.text.encode(recipe.negative_prompt) if recipe.has_guidance else None
-        return Texts(self.text.encode(prompt), negative)
+        negative = [recipe.negative_prompt] if recipe.has_guidance else []
+        return Texts(*self.text.encode_all(prompt, *negative))
 
     def _empty(self, shape: LatentShape) -> Tokens:
         video, audio = self.denoiser.hparams.video, self.denoiser.hparams.audio
@@ -204,7 +216,7 @@ class RenderEngine:
 
     def _frames(self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig) -> Iterator[np.ndarray]:
         noise = DecodeNoise(recipe.decode.timestep) if self.video_decoder.takes_noise else None
-        with _memory_reported(shape):
+        with _memory_reported(shape), self.residency.using(VIDEO_DECODER):
             yield from decode_frames(self.video_decoder, latent_BCFHW, shape, noise=noise, resize=recipe.resize)
 
     def _require_can_follow(self, recipe: RecipeConfig) -> None:

@@ -6,8 +6,12 @@ What the parts are made of is in the components and in `pipeline/model`; what th
 from __future__ import annotations
 
 import logging
+import math
 import re
+import resource
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -22,8 +26,10 @@ from pipeline.engine.components.text_encoder import load_text_encoder
 from pipeline.engine.components.upsampler import load_latent_upsampler
 from pipeline.engine.components.video_vae import load_video_decoder, load_video_encoder
 from pipeline.engine.components.vocoder import load_vocoder
-from pipeline.engine.engine import RenderEngine
-from pipeline.engine.text import TextConditioner
+from pipeline.engine.engine import DENOISER, VIDEO_DECODER, RenderEngine
+from pipeline.engine.memory import PHASES, MemoryPlan, Part, plan_memory
+from pipeline.engine.residency import Residency
+from pipeline.engine.text import TEXT_ENCODER, TextConditioner
 from pipeline.errors import CheckpointMismatch, UsageError
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.checkpoint import CheckpointFile, denoiser_tensors, load_denoiser, read_hparams
@@ -44,11 +50,22 @@ _KNOWN_AND_UNUSED = re.compile(
 )
 
 
-def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, ops: OpSet) -> RenderEngine:
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What the device offers, and what the clips to come need beside weights in each phase; bytes."""
+
+    limit_bytes: int
+    needed: Mapping[str, int]
+
+
+def load_engine(
+    model: ModelConfig, precision: PrecisionConfig, *, device: str, ops: OpSet, budget: MemoryBudget | None = None
+) -> RenderEngine:
     """Every part of `model` on `device`, and the calling thread's number of torch threads set.
 
-    Raises UsageError or CheckpointMismatch, before weights are read where the headers show it, if a file is missing,
-    is of another kind, or disagrees with `model.size`.
+    Under a `budget`, parts that do not fit beside the others wait on the host between uses. Raises UsageError or
+    CheckpointMismatch, before weights are read where the headers show it, if a file is missing, is of another kind, or
+    disagrees with `model.size`; OutOfMemory if the budget cannot be met.
     """
     started = time.monotonic()
     torch.set_num_threads(precision.torch_threads)
@@ -61,9 +78,17 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
     _require_all_tensors_known(checkpoint)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 
+    plan = None if budget is None else _plan(model, precision, checkpoint, budget)
+    residency = Residency(device, () if plan is None else plan.on_host)
+
     encoder = load_text_encoder(
-        folder / model.text_encoder, max_tokens=model.size.text_tokens, device=device, dtype=dtype
+        folder / model.text_encoder,
+        max_tokens=model.size.text_tokens,
+        device=device,
+        dtype=dtype,
+        bits=precision.text_encoder_bits,
     )
+    residency.keep(TEXT_ENCODER, encoder.module)
     text_loaded = time.monotonic()
     connectors = load_text_connectors(checkpoint, device=device, dtype=dtype)
     video_decoder = load_video_decoder(checkpoint, device=device, dtype=dtype)
@@ -72,10 +97,14 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
         upsampler = load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
     # The settings know no other rules than the model does (`EXCHANGE_TIMESTEPS`).
     rule = cast(ExchangeTimesteps, model.exchange_timesteps)
-    denoiser = load_denoiser(checkpoint, ops, device, dtype, exchange_timesteps=rule)
+    denoiser = load_denoiser(
+        checkpoint, ops, device, dtype, exchange_timesteps=rule, fp8_blocks=_fp8_blocks(precision, model)
+    )
+    residency.keep(VIDEO_DECODER, video_decoder.module)
+    residency.keep(DENOISER, denoiser)
     has_audio = denoiser.hparams.audio is not None
     engine = RenderEngine(
-        text=TextConditioner(encoder, connectors),
+        text=TextConditioner(encoder, connectors, residency),
         denoiser=denoiser,
         fused=FusedAdapters(denoiser, checkpoint, dtype),
         adapter_files={name: str(folder / file) for name, file in model.extras().items()},
@@ -85,14 +114,68 @@ def load_engine(model: ModelConfig, precision: PrecisionConfig, *, device: str, 
         audio_decoder=load_audio_decoder(checkpoint, device=device, dtype=dtype) if has_audio else None,
         vocoder=load_vocoder(checkpoint, device=device) if has_audio else None,
         device=device,
+        residency=residency,
     )
-    seconds = {"text_encoder_s": text_loaded - started, "load_s": time.monotonic() - started}
-    log.info("engine loaded", extra={"facts": {"model": model.name, "device": device, **seconds}})
+    _log_loaded(model, device, plan, text_encoder_s=text_loaded - started, load_s=time.monotonic() - started)
     return engine
+
+
+def _log_loaded(model: ModelConfig, device: str, plan: MemoryPlan | None, **seconds: float) -> None:
+    facts = {
+        "model": model.name,
+        "device": device,
+        **seconds,
+        "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "waiting_on_host": [] if plan is None else sorted(plan.on_host),
+        "planned_peak_bytes": {} if plan is None else dict(plan.peak_bytes),
+    }
+    log.info("engine loaded", extra={"facts": facts})
+
+
+def _fp8_blocks(precision: PrecisionConfig, model: ModelConfig) -> range:
+    if precision.linear != "fp8":
+        return range(0)
+    return range(precision.keep_first_blocks, model.size.num_layers - precision.keep_last_blocks)
+
+
+def _plan(
+    model: ModelConfig, precision: PrecisionConfig, checkpoint: CheckpointFile, budget: MemoryBudget
+) -> MemoryPlan:
+    """Weights as the headers tell them, in the numbers they will be held in."""
+    wanted = _DTYPES[precision.dtype]
+    sizes = {
+        # Float8 files are widened to 16 bits unless the tier computes in float8.
+        name: math.prod(spec.shape) * max(2, (wanted or spec.dtype).itemsize)
+        for name, spec in checkpoint.tensor_specs().items()
+    }
+    ours = set(denoiser_tensors(sizes))
+    decoder = {name for name in sizes if name.startswith("vae.decoder.")}
+    denoiser_bytes = sum(sizes[name] for name in ours)
+    # Nearly all of a block's bytes are linear weights, which take one byte instead of two.
+    denoiser_bytes -= denoiser_bytes * len(_fp8_blocks(precision, model)) // (2 * model.size.num_layers)
+    folder = Path(model.folder)
+    encoder_bytes = sum(path.stat().st_size for path in (folder / model.text_encoder).rglob("*.safetensors"))
+    rest_bytes = sum(size for name, size in sizes.items() if name not in ours | decoder)
+    if model.spatial_upscaler:
+        rest_bytes += (folder / model.spatial_upscaler).stat().st_size
+    bits = precision.text_encoder_bits
+    parts = [
+        Part(DENOISER, denoiser_bytes, frozenset({"denoise"})),
+        Part(VIDEO_DECODER, sum(sizes[name] for name in decoder), frozenset({"decode"})),
+        # Quantised tensors are of a class of their own, which cannot be lent.
+        Part(TEXT_ENCODER, encoder_bytes * bits // 16, frozenset({"text_encode"}), can_wait=bits == 16),
+        Part("rest", rest_bytes, frozenset(PHASES), can_wait=False),
+    ]
+    return plan_memory(parts, budget.needed, budget.limit_bytes)
 
 
 def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
     hparams = read_hparams(checkpoint)
+    family = "ltx_video" if hparams.rotary.at_start else "ltx2"
+    if family != model.family:
+        raise UsageError(
+            f"model.family must be {family}, got {model.family}: {checkpoint.path} says so; use the model's own YAML"
+        )
     stored = {
         "num_layers": hparams.num_layers,
         "video_width": hparams.video.width,

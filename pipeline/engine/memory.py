@@ -1,8 +1,8 @@
 """Which parts of a model stay on the device and which wait on the host, decided before anything is loaded.
 
-Pure arithmetic: weights are counted from file headers, activations estimated from the largest clip. A part that waits
-on the host is moved in for the phases that use it, which costs its bytes over the bus once a clip and phase and
-changes no pixel. Moving is `residency.py`'s.
+Pure arithmetic: weights are counted from file headers, activations come from the planner (`planning/memory.py`). A part
+that waits on the host is moved in for the phases that use it, which costs its bytes over the bus once a clip and
+phase and changes no pixel. Moving is `residency.py`'s.
 """
 
 from __future__ import annotations
@@ -12,27 +12,20 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pipeline.errors import OutOfMemory
-from pipeline.geometry import LatentShape, PixelShape
 
 # What a CUDA context, its libraries' workspaces and the allocator's fragments take beside tensors.
 RESERVED_BYTES = 2 << 30
-# Activations in 16-bit numbers, from measurements on one H200 (torch 2.11, 121 frames): the LTX-2 denoiser's peak at
-# 32,640 tokens is 1.95 GB above its weights; its video decoder takes 9.3 GB at 960x544 and 30.0 GB at 1920x1088.
-DENOISE_BYTES_PER_TOKEN_AND_CHANNEL = 15
-DECODE_BYTES_PER_PIXEL = 109
-DECODE_BYTES_AT_LEAST = 1.4e9
-# Hidden states of every layer of a 12 B encoder over 1,024 tokens, twice (stacked): under a gigabyte.
-TEXT_BYTES = 1.0e9
 PHASES = ("text_encode", "denoise", "upsample", "decode")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model: its weights, and the phases that need it on the device."""
+    """A part of the model: its weights, the phases that need it on the device, and if it can wait elsewhere."""
 
     name: str
     weight_bytes: int
     phases: frozenset[str]
+    can_wait: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,40 +36,21 @@ class MemoryPlan:
     peak_bytes: Mapping[str, int]
 
 
-def activations(
-    rendered: PixelShape, shape: LatentShape, *, width: int, samples: int, element_bytes: int
-) -> dict[str, int]:
-    """Bytes that each phase takes beside weights, for the largest clip.
-
-    `shape` and `samples` are of the largest denoiser call, `width` its video channels, `element_bytes` 2 or 4.
-    """
-    scale = element_bytes / 2
-    tokens = samples * (shape.num_video_tokens + shape.num_audio_latents)
-    pixels = rendered.num_frames * rendered.height * rendered.width
-    return {
-        "text_encode": round(TEXT_BYTES * scale),
-        "denoise": round(DENOISE_BYTES_PER_TOKEN_AND_CHANNEL * tokens * width * scale),
-        # An eighth of the decoder's work in space, at most.
-        "upsample": round(DECODE_BYTES_PER_PIXEL * pixels / 64 * scale),
-        "decode": round((DECODE_BYTES_AT_LEAST + DECODE_BYTES_PER_PIXEL * pixels) * scale),
-    }
-
-
 def plan_memory(parts: Sequence[Part], needed: Mapping[str, int], limit_bytes: int) -> MemoryPlan:
     """The plan that moves the fewest bytes a clip with every phase under `limit_bytes`.
 
     OutOfMemory if a phase does not fit even with every other part on the host.
     """
-    fitting = []
-    for count in range(len(parts) + 1):
-        for waiting in combinations(parts, count):
+    fitting, movable = [], [part for part in parts if part.can_wait]
+    for count in range(len(movable) + 1):
+        for waiting in combinations(movable, count):
             plan = _plan(parts, frozenset(part.name for part in waiting), needed)
             if max(plan.peak_bytes.values()) <= limit_bytes:
                 moved = sum(part.weight_bytes * len(part.phases) for part in waiting)
                 fitting.append((moved, sorted(plan.on_host), plan))
     if fitting:
         return min(fitting, key=lambda entry: entry[:2])[2]
-    alone = _plan(parts, frozenset(part.name for part in parts), needed).peak_bytes
+    alone = _plan(parts, frozenset(part.name for part in movable), needed).peak_bytes
     phase = max(alone, key=lambda name: alone[name])
     raise OutOfMemory(
         f"{phase} needs {alone[phase] / 1e9:.1f} GB of device memory with every other part on the host, got "

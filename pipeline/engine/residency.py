@@ -6,7 +6,7 @@ compute; what waits where is decided in `memory.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,34 +14,42 @@ from torch import Tensor, nn
 
 
 class Residency:
-    """The parts that wait on the host. Not thread-safe."""
+    """The parts that wait on the host, by the names in `on_host`. Not thread-safe."""
 
-    def __init__(self, waiting: Mapping[str, nn.Module], device: str, *, changing: Collection[str] = ()) -> None:
-        """`changing` names the parts whose weights may differ after a use: those are copied back."""
+    def __init__(self, device: str, on_host: Collection[str] = ()) -> None:
         self._device = device
-        self._waiting = waiting
-        self._changing = changing
-        for module in waiting.values():
+        self._on_host = on_host
+        self._waiting: dict[str, nn.Module] = {}
+
+    def keep(self, name: str, module: nn.Module) -> None:
+        """Take note of a loaded part; if it is to wait on the host, it goes there now."""
+        if name in self._on_host:
+            self._waiting[name] = module
             for tensor in _tensors(module):
                 tensor.data = _on_host(tensor.data)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """The part `name` is on the device within; nothing happens for a part that always is."""
+        """The part `name` is on the device within; nothing happens for a part that always is.
+
+        Its weights may be replaced by others within, which then wait in their place; they may not be changed in place.
+        """
         module = self._waiting.get(name)
         if module is None:
             yield
             return
-        homes = [(tensor, tensor.data) for tensor in _tensors(module)]
+        homes = {tensor: tensor.data for tensor in _tensors(module)}
         try:
-            for tensor, home in homes:
+            for tensor, home in homes.items():
                 tensor.data = home.to(self._device, non_blocking=True, copy=True)
             yield
         finally:
-            for tensor, home in homes:
-                if name in self._changing:
-                    home.copy_(tensor.data)
-                tensor.data = home
+            for tensor in _tensors(module):
+                tensor.data = homes[tensor] if tensor in homes else _on_host(tensor.data)
+
+
+# For models of which nothing waits.
+ALL_RESIDENT = Residency("cpu")
 
 
 def _on_host(tensor: Tensor) -> Tensor:

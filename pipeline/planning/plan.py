@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.model import PrecisionConfig
-from pipeline.config.recipe import RecipeConfig
+from pipeline.config.recipe import RecipeConfig, resolve, unsupported_overrides
 from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.intake import Intake, Rejection, admit_rows
 from pipeline.records.request import RecipeRules, RenderRequest, RequestLimits
-from pipeline.records.wishes import PLAIN_MODEL, ModelRules
+from pipeline.records.wishes import OVERRIDE_COLUMNS, PLAIN_MODEL, ModelRules
 from pipeline.records.work import WorkItem, content_key
 
 # What a recipe gives a row is part of the resolved request already, and a thumbnail is neither pixels nor sound.
@@ -54,21 +54,24 @@ class Planner:
     fingerprint: str
     limits: RequestLimits
     estimator: Estimator
-    model: ModelRules = PLAIN_MODEL
+    rules: ModelRules = PLAIN_MODEL
+    # Why the model cannot follow a recipe, empty if it can; and the hashes of adapters that a recipe fuses by itself.
+    misfit: Callable[[RecipeConfig], str] = lambda recipe: ""
+    adapters_of: Callable[[RecipeConfig], Mapping[str, str]] = lambda recipe: {}
 
     def intake(self, rows: Iterable[Mapping[str, Any]]) -> Intake:
-        rules = {name: recipe_rules(recipe) for name, recipe in self.recipes.items()}
-        return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits, model=self.model)
+        rules = {name: recipe_rules(recipe, self.misfit(recipe)) for name, recipe in self.recipes.items()}
+        return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits, model=self.rules)
 
     def item(self, request: RenderRequest) -> WorkItem:
         recipe = self.recipes[request.recipe]
         key = content_key(
             request,
-            recipe=recipe_content(recipe),
+            recipe={**recipe_content(recipe), "adapters": dict(self.adapters_of(recipe))},
             precision=to_plain(self.precision),
             fingerprint=self.fingerprint,
         )
-        return WorkItem(request, key, self.estimator.estimate(request, recipe))
+        return WorkItem(request, key, self.estimator.estimate(request, resolved(self.recipes, request)))
 
     def plan(
         self,
@@ -112,8 +115,15 @@ class Planner:
         return set(selection.ids).__contains__
 
 
-def recipe_rules(recipe: RecipeConfig) -> RecipeRules:
+def resolved(recipes: Mapping[str, RecipeConfig], request: RenderRequest) -> RecipeConfig:
+    """The recipe of a request with the numbers that its row sets itself."""
+    return resolve(recipes[request.recipe], **request.wishes.overrides())
+
+
+def recipe_rules(recipe: RecipeConfig, misfit: str = "") -> RecipeRules:
     clip = recipe.clip
+    asked: dict[str, Any] = dict.fromkeys(OVERRIDE_COLUMNS, None)
+    honours = {name for name in OVERRIDE_COLUMNS if not unsupported_overrides(recipe, **{**asked, name: 1})}
     return RecipeRules(
         name=recipe.name,
         width=clip.width,
@@ -122,6 +132,9 @@ def recipe_rules(recipe: RecipeConfig) -> RecipeRules:
         fps=clip.fps,
         grid_px=recipe.grid_px,
         crop=recipe.crop,
+        negative_prompt=recipe.negative_prompt if recipe.has_guidance else None,
+        misfit=misfit,
+        honours=frozenset(honours),
     )
 
 

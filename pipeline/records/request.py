@@ -47,6 +47,8 @@ class RecipeRules:
     crop: bool
     # Text to steer away from; None for a recipe without guidance.
     negative_prompt: str | None = None
+    # Why the job's model cannot follow it; empty if it can.
+    misfit: str = ""
     # Of wishes.OVERRIDE_COLUMNS, those that the recipe has numbers for.
     honours: frozenset[str] = frozenset()
 
@@ -191,6 +193,8 @@ def _rules_of(
         names = ", ".join(sorted(recipes))
         problems.append(f"recipe must be one of {names}, got {name!r}; correct it or leave it empty")
         return recipes[default]
+    if recipes[name].misfit:
+        problems.append(f"recipe must suit the job's model, got {name!r}: {recipes[name].misfit}")
     return recipes[name]
 
 

@@ -56,6 +56,15 @@ class Wishes:
     enhance_prompt: bool = False
     adapters: tuple[AdapterUse, ...] = ()
 
+    def overrides(self) -> dict[str, Any]:
+        """What of the recipe the row sets itself, as `pipeline.config.recipe.resolve` takes it."""
+        return {
+            "num_steps": self.num_steps,
+            "cfg_scale": self.cfg_scale,
+            "stg_scale": self.stg_scale,
+            "negative_prompt": self.negative_prompt or None,
+        }
+
 
 PLAIN_MODEL = ModelRules()
 NO_WISHES = Wishes()

@@ -26,10 +26,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class AdapterShelf:
-    """Looks at each adapter of a job once. `checkpoint` is the URI of the file that adapters are fused into."""
+    """Looks at each adapter of a job once. `checkpoint` is the URI of the file that adapters are fused into.
 
-    def __init__(self, checkpoint: str) -> None:
+    `hashes` holds the sha256 of files that were hashed before, by URI.
+    """
+
+    def __init__(self, checkpoint: str, hashes: Mapping[str, str] | None = None) -> None:
         self._checkpoint = checkpoint
+        self._hashes = hashes or {}
         self._weights: Shapes | None = None
         self._verdicts: dict[str, str | UsageError] = {}
 
@@ -51,6 +55,8 @@ class AdapterShelf:
             shown = "; ".join(problems[:NUM_PROBLEMS_SHOWN])
             more = f"; and {len(problems) - NUM_PROBLEMS_SHOWN} more" if len(problems) > NUM_PROBLEMS_SHOWN else ""
             raise UsageError(f"{shown}{more}; use an adapter that was trained for this model")
+        if uri in self._hashes:
+            return self._hashes[uri]
         digest = hashlib.sha256()
         with open_for_reading(uri) as stream:
             while block := stream.read(16 << 20):

@@ -35,6 +35,8 @@ class NotStaged(UsageError):
 
 
 SIDECAR = "fingerprint.{model}.json"
+# Stands for a hash where the model's files are not at hand: an estimate needs none.
+NOT_STAGED = "not staged"
 PART_PREFIX = ".part-"
 # Held by whoever fetches into a folder.
 LOCK = ".fetch.lock"
@@ -84,6 +86,12 @@ def fingerprint(folder: str, model: str) -> str:
 def staged_bytes(folder: str, model: str) -> int:
     """Size in bytes of all staged files of the model; raises as `fingerprint` does."""
     return sum(int(facts["size_bytes"]) for facts in _sidecar(folder, model)["files"].values())
+
+
+def staged_hashes(folder: str, model: str) -> dict[str, str]:
+    """URI of each file of a staged model -> its sha256, as hashed then."""
+    base = folder.rstrip("/")
+    return {f"{base}/{name}": str(facts["sha256"]) for name, facts in _sidecar(folder, model)["files"].items()}
 
 
 def local_copy(folder: str, model: str, cache: Path) -> Path:

@@ -37,7 +37,7 @@ class ObedientWorker:
             time.sleep(float(words[1]))
         self.meter.enter("idle")
         timings = Timings(text_encode_s=float(os.getpid()))
-        return Rendered(item, asset(item.request.id), timings, started_ns, self.meter.now_ns())
+        return Rendered(item, asset(item.request.id), timings, started_ns, self.meter.now_ns(), item.request.prompt)
 
 
 def obedient(meter: Meter) -> ObedientWorker:

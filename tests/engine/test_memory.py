@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from pipeline.engine.memory import Part, activations, plan_memory
+from pipeline.config.model import DenoiserSize
+from pipeline.config.recipe import RecipeConfig, StageConfig
+from pipeline.engine.memory import PHASES, Part, plan_memory
 from pipeline.engine.residency import Residency
 from pipeline.errors import OutOfMemory
-from pipeline.geometry import PixelShape, latent_shape
+from pipeline.planning.memory import largest_demand
+from tests.unit.makers import parse
 
 GB = 10**9
 TEXT = Part("text_encoder", 24 * GB, frozenset({"text_encode"}))
 DENOISER = Part("denoiser", 38 * GB, frozenset({"denoise"}))
 DECODER = Part("video_decoder", 1 * GB, frozenset({"decode"}))
-REST = Part("rest", 4 * GB, frozenset({"text_encode", "denoise", "upsample", "decode"}))
+REST = Part("rest", 4 * GB, frozenset(PHASES), can_wait=False)
 LTX2 = (TEXT, DENOISER, DECODER, REST)
 
 
-def needed(width: int, height: int, num_frames: int = 121, samples: int = 1) -> dict[str, int]:
-    pixels = PixelShape(num_frames, height, width, 24.0)
-    return activations(pixels, latent_shape(pixels), width=4096, samples=samples, element_bytes=2)
+RECIPE = RecipeConfig("one", stages=[StageConfig(sigmas=[1.0, 0.0])])
+
+
+def needed(width: int, height: int) -> dict[str, int]:
+    requests = [parse(width=side[0], height=side[1], num_frames=121) for side in ((64, 64), (width, height))]
+    clips = [(replace(request, grid_px=32), RECIPE) for request in requests]
+    return largest_demand(clips, DenoiserSize(), element_bytes=2)
 
 
 def test_activations_are_what_was_measured() -> None:
@@ -60,17 +69,20 @@ def test_what_can_never_fit_says_which_phase_and_how_much() -> None:
 def test_a_part_that_waits_is_whole_again_after_each_use_and_keeps_what_changed() -> None:
     still, changing = nn.Linear(3, 2), nn.Linear(3, 2)
     before = {name: tensor.clone() for name, tensor in still.state_dict().items()}
-    residency = Residency({"still": still, "changing": changing}, "cpu", changing={"changing"})
+    residency = Residency("cpu", {"still", "changing"})
+    residency.keep("still", still)
+    residency.keep("changing", changing)
+    residency.keep("not to wait", nn.Linear(1, 1))
     home = still.weight.data_ptr()
     with torch.inference_mode(), residency.using("still"):
         assert still.weight.data_ptr() != home
         still(torch.ones(1, 3))
     assert still.weight.data_ptr() == home
     assert all(torch.equal(tensor, before[name]) for name, tensor in still.state_dict().items())
-    with residency.using("changing"), torch.no_grad():
-        changing.weight.fill_(7.0)
+    with torch.inference_mode(), residency.using("changing"):
+        changing.weight = nn.Parameter(torch.full((2, 3), 7.0), requires_grad=False)
     assert bool((changing.weight == 7).all())
-    with residency.using("changing"), residency.using("not a waiting part"):
+    with residency.using("changing"), residency.using("not to wait"):
         assert bool((changing.weight == 7).all())
 
 
@@ -78,7 +90,8 @@ def test_a_part_that_waits_is_whole_again_after_each_use_and_keeps_what_changed(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_waiting_part_takes_no_device_memory_between_uses() -> None:
     module = nn.Linear(4096, 4096)
-    residency = Residency({"part": module}, "cuda")
+    residency = Residency("cuda", {"part"})
+    residency.keep("part", module.cuda())
     start = torch.cuda.memory_allocated()
     with residency.using("part"):
         assert module.weight.is_cuda and torch.cuda.memory_allocated() >= start + 4 * 4096**2

@@ -49,9 +49,14 @@ class TextEncoder:
         *,
         max_tokens: int,
         device: str,
+        module: nn.Module,
         writer: Any = None,
     ) -> None:
-        """`read` takes token ids and mask (B,S) and gives hidden states (B,S,D,L); `writer`: Gemma with its head."""
+        """`read` takes token ids and mask (B,S) and gives hidden states (B,S,D,L), with the weights of `module`.
+
+        `writer` is Gemma with its head.
+        """
+        self.module = module
         self._read = read
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -144,7 +149,7 @@ def _load_gemma(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtyp
         return torch.stack(states, dim=-1)
 
     writer = _writer(model, language_model, device)
-    return TextEncoder(read, tokenizer, max_tokens=max_tokens, device=device, writer=writer)
+    return TextEncoder(read, tokenizer, max_tokens=max_tokens, device=device, module=writer, writer=writer)
 
 
 def _writer(model: Any, language_model: nn.Module, device: str) -> Gemma3ForCausalLM:
@@ -169,7 +174,7 @@ def _load_t5(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtype |
         states: Tensor = encoder(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
         return states[..., None]
 
-    return TextEncoder(read, tokenizer, max_tokens=max_tokens, device=device)
+    return TextEncoder(read, tokenizer, max_tokens=max_tokens, device=device, module=encoder)
 
 
 @contextmanager

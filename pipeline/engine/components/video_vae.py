@@ -52,7 +52,7 @@ class VideoDecoder:
     """
 
     def __init__(self, module: nn.Module, statistics: ChannelStatistics, *, takes_noise: bool = False) -> None:
-        self._module = module
+        self.module = module
         self.statistics = statistics
         self.takes_noise = takes_noise
 
@@ -67,10 +67,10 @@ class VideoDecoder:
             timestep = torch.full((latent.shape[0],), noise.timestep, device=latent.device)
             if noise.noise_BCFHW is not None:
                 latent = torch.lerp(latent, noise.noise_BCFHW.to(latent), noise.scale)
-        latent = self.statistics.unnormalise(latent, dim=1).to(_dtype(self._module))
+        latent = self.statistics.unnormalise(latent, dim=1).to(_dtype(self.module))
 
         def decode_one(tile_BCFHW: Tensor) -> Tensor:
-            pixels: Tensor = self._module(tile_BCFHW, timestep)
+            pixels: Tensor = self.module(tile_BCFHW, timestep)
             return pixels
 
         return decode_one(latent) if tiles is None else decode_in_tiles(decode_one, latent, tiles)

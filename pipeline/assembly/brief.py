@@ -1,0 +1,22 @@
+"""What a driver tells the workers it starts. Travels between processes and loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.config.jobs import RenderJob
+from pipeline.config.recipe import RecipeConfig
+from pipeline.records.outcome import RunFacts
+
+
+@dataclass(frozen=True)
+class WorkerBrief:
+    """All that a worker is built from, but for its meter."""
+
+    job: RenderJob
+    recipes: Mapping[str, RecipeConfig]
+    facts: RunFacts
+    device: str
+    # Bytes of device memory that each phase needs beside weights, for the largest of the clips to come.
+    needed_bytes: Mapping[str, int]

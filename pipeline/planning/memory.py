@@ -1,0 +1,50 @@
+"""What clips take of a device's memory beside weights, before anything is loaded. Pure arithmetic from shapes.
+
+Which parts of the model then wait on the host is decided by the worker, who knows the files (`engine/memory.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pipeline.config.model import DenoiserSize
+from pipeline.config.recipe import RecipeConfig
+from pipeline.geometry import PixelShape, latent_shape
+from pipeline.records.request import RenderRequest
+
+# Activations in 16-bit numbers, from measurements on one H200 (torch 2.11, 121 frames): the LTX-2 denoiser's peak at
+# 32,640 tokens is 1.95 GB above its weights; its video decoder takes 9.3 GB at 960x544 and 30.0 GB at 1920x1088.
+DENOISE_BYTES_PER_TOKEN_AND_CHANNEL = 15
+DECODE_BYTES_PER_PIXEL = 109
+DECODE_BYTES_AT_LEAST = 1.4e9
+# Hidden states of every layer of a 12 B encoder over 1,024 tokens, twice (stacked): under a gigabyte.
+TEXT_BYTES = 1.0e9
+
+
+def largest_demand(
+    clips: Iterable[tuple[RenderRequest, RecipeConfig]], size: DenoiserSize, *, element_bytes: int
+) -> dict[str, int]:
+    """Bytes that each phase takes at most in any of `clips`; `element_bytes` of a number is 2 or 4."""
+    most: dict[str, int] = {}
+    for request, recipe in clips:
+        for phase, needed in _demand(request, recipe, size, element_bytes).items():
+            most[phase] = max(most.get(phase, 0), needed)
+    return most
+
+
+def _demand(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize, element_bytes: int) -> Mapping[str, int]:
+    rendered, scale = request.shape.rendered, element_bytes / 2
+    sizes = recipe.stage_sizes(rendered.height, rendered.width)
+    tokens = 0
+    for stage, (height, width) in zip(recipe.stages, sizes, strict=True):
+        shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
+        samples = stage.samples_of_a_call(has_audio=size.audio_width > 0)
+        tokens = max(tokens, samples * (shape.num_video_tokens + shape.num_audio_latents))
+    pixels = rendered.num_frames * sizes[-1][0] * sizes[-1][1]
+    return {
+        "text_encode": round(TEXT_BYTES * scale),
+        "denoise": round(DENOISE_BYTES_PER_TOKEN_AND_CHANNEL * tokens * size.video_width * scale),
+        # An eighth of the decoder's sides, and less work at each place.
+        "upsample": round(DECODE_BYTES_PER_PIXEL * pixels / 64 * scale),
+        "decode": round((DECODE_BYTES_AT_LEAST + DECODE_BYTES_PER_PIXEL * pixels) * scale),
+    }
