@@ -29,7 +29,7 @@ LOG_EVERY_S = 5.0
 def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
     """Make sure that the files of `model` are there, building or fetching them; returns the fingerprint.
 
-    `extras` are the adapters (name -> file) to place as well.
+    `extras` are the adapters (name -> file) to place as well; those that are there stay in the books.
     """
     if not is_local(model.folder):
         return _stage_in_bucket(model, extras)
@@ -46,7 +46,8 @@ def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
         sys.stderr.write(f"fetching {model.name} into {folder}; licence: {model.license}\n")
         progress = Progress()
         known = fetch(folder, wanted, on_start=progress.start, on_bytes=progress.add)
-    return stage(folder, model.name, parts, extras, known)
+    present = {name: file for name, file in model.extras().items() if (folder / file).exists()}
+    return stage(folder, model.name, parts, {**present, **extras}, known)
 
 
 def list_files(model: ModelConfig) -> str:

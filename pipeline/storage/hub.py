@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
 from pipeline.storage.filesystem import FULL_DISK_ERRNOS, filesystem_of, storage_error
+from pipeline.storage.models import LOCK
 
 # Bytes asked for at once: large enough that neither a request's latency nor the hub's limit on requests counts, small
 # enough to lose and to hold.
@@ -193,7 +194,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: of two processes that stage the same model, the second finds it there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".fetch.lock").open("w")
+        lock = (folder / LOCK).open("w")
     except OSError as error:
         if error.errno in FULL_DISK_ERRNOS:
             raise storage_error(error, f"making {folder}") from error

@@ -36,6 +36,8 @@ class NotStaged(UsageError):
 
 SIDECAR = "fingerprint.{model}.json"
 PART_PREFIX = ".part-"
+# Held by whoever fetches into a folder.
+LOCK = ".fetch.lock"
 
 
 def stage(
@@ -115,7 +117,7 @@ def local_copy(folder: str, model: str, cache: Path) -> Path:
 def copy_to(folder: str, staged: Path) -> None:
     """Copy a staged model's files to a URI, the sidecar last: a model with a sidecar is whole."""
     store = open_store(folder)
-    files = [path for path in staged.rglob("*") if path.is_file()]
+    files = [path for path in staged.rglob("*") if path.is_file() and path.name != LOCK]
     for path in sorted(files, key=lambda path: (path.match(SIDECAR.format(model="*")), path)):
         store.replace(path.relative_to(staged).as_posix(), path)
 

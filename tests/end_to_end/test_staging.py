@@ -94,6 +94,8 @@ def test_an_adapter_is_fetched_when_asked_for_and_changes_no_fingerprint(hub: Hu
     assert (folder / STATIC).read_bytes() == hub.repositories[STATIC_REPOSITORY][STATIC]
     assert sidecar(folder)["fingerprint"] == before["fingerprint"]
     assert sidecar(folder)["files"].keys() - before["files"].keys() == {STATIC}
+    assert stage(folder).returncode == 0
+    assert STATIC in sidecar(folder)["files"], "an adapter that is there stays in the books"
     assert_refused(stage(folder, "extras=[zoom]"), "extras must be names", "'zoom'", "dolly-in", "static")
 
 
@@ -202,6 +204,15 @@ def test_parts_come_from_a_bucket_and_are_checked_by_its_sidecar(hub: Hub, bucke
     fs.pipe_file(f"{bucket}/ltx-2/{CHECKPOINT}", b"x" * 50_000)
     spoilt = stage(tmp_path / "third", *sources)
     assert spoilt.returncode == 6 and "must have the hash" in spoilt.stderr, spoilt.stderr
+
+
+def test_a_published_model_goes_straight_into_a_bucket(hub: Hub, bucket: str, tmp_path: Path) -> None:
+    done = run_command("stage_weights", f"model={OURS}", f"model.folder={bucket}/m", f"model.cache={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    files = {path.removeprefix(f"{bucket.removeprefix('s3://')}/m/") for path in
+             fsspec.filesystem("s3", use_listings_cache=False).find(f"{bucket}/m")}  # fmt: skip
+    facts = json.loads(fsspec.filesystem("s3").cat(f"{bucket}/m/fingerprint.{OURS}.json"))
+    assert files == {*facts["files"], f"fingerprint.{OURS}.json"}, "nothing else, such as a lock"
 
 
 def test_parts_come_from_a_folder_of_this_machine(hub: Hub, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_parts_of_a_killed_fetch_of_a_model_are_removed_by_the_next(bucket: str,
     source = tmp_path / "model"
     source.mkdir()
     (source / "weights").write_bytes(b"weights")
-    fingerprint = stage(source, "m", {"weights": "weights"})
+    fingerprint = stage(source, "m", {"weights": "weights"}, {}, {})
     fsspec.filesystem("s3").put(f"{source}/", f"{bucket}/m/", recursive=True)
     target = tmp_path / "cache" / fingerprint[:16]
     target.mkdir(parents=True)
