@@ -15,7 +15,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config,
 
 from kernels.ops import reference_ops
 from pipeline.config.model import PrecisionConfig
-from pipeline.engine.engine import load_engine
+from pipeline.engine.loading import load_engine
 from pipeline.engine.nano import _text_encoder_shapes
 from pipeline.engine.random_weights import layout_of, quantised, write_random
 
