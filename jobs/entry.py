@@ -18,8 +18,9 @@ from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.jobs import BenchJob, RenderJob, ReportJob, StageWeightsJob, SubmitJob
@@ -55,13 +56,21 @@ def compose_job(schema: type[T], name: str, argv: list[str]) -> T:
 def compose_recipes(name: str, argv: list[str]) -> dict[str, RecipeConfig]:
     """Every recipe of `conf/recipe/` by its name: rows may name another than the job's.
 
-    Under the overrides of a job that was composed before, so their keys are known to be good.
+    Under the overrides of a job that was composed before, so their keys are known to be good. Hydra composes once: with
+    each recipe anew it would take a second.
     """
-    overrides = [argument for argument in argv if not argument.startswith("recipe=")]
+    settings = [argument for argument in _settings(argv) if not argument.startswith("recipe=")]
+    changes = [argument for argument in settings if argument.startswith("recipe.")]
     recipes = {}
     with _Hydra(RenderJob):
+        tree = compose(name, [argument for argument in settings if argument.partition("=")[0] not in VERBATIM_KEYS])
+        parsed = OverridesParser.create().parse_overrides(changes)
         for member in _members("recipe"):
-            recipe = _composed(RenderJob, name, [*overrides, f"recipe={member}"]).recipe
+            tree.recipe = OmegaConf.merge(RecipeConfig, OmegaConf.load(CONF / "recipe" / f"{member}.yaml"))
+            for change in parsed:
+                OmegaConf.update(tree, change.key_or_group, change.value())
+            recipe = from_tree(tree.recipe)
+            assert isinstance(recipe, RecipeConfig)
             if recipe.name != member:
                 raise UsageError(f"conf/recipe/{member}.yaml must say name: {member}, got {recipe.name!r}; correct it")
             recipes[member] = recipe
