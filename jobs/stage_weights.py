@@ -36,7 +36,7 @@ def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
     folder, parts = local_path(model.folder), model.parts()
     wanted = _wanted(model, {**parts, **extras})
     known: dict[str, str] = {}
-    if model.built_here and not all((folder / name).exists() for name in parts.values()):
+    if model.built_here and not all((folder / name).exists() for name in {**parts, **model.extras()}.values()):
         # Torch loads only where it is needed: staging published files is hashing.
         from pipeline.engine.nano import build_nano
 

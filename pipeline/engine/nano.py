@@ -31,6 +31,9 @@ from pipeline.model.hparams import DenoiserHparams
 CHECKPOINT = "nano.safetensors"
 TEXT_ENCODER = "gemma-nano"
 SPATIAL_UPSCALER = "nano-spatial-upscaler-x2.safetensors"
+DISTILLED_ADAPTER = "nano-distilled-lora.safetensors"
+CAMERA_ADAPTER = "nano-lora-camera-control-dolly-in.safetensors"
+ADAPTER_RANK = 4
 # Of sixteen tried, the one whose prompts differ most in colour.
 SEED = 20261128
 
@@ -141,8 +144,10 @@ def build_nano(folder: Path) -> None:
         _write_safetensors(staging / CHECKPOINT, _drawn(_checkpoint_shapes(), seed=SEED), metadata)
         upscaler = _drawn(_shapes(latent_upsampler_blueprint(UPSCALER_CONFIG)), seed=SEED + 1)
         _write_safetensors(staging / SPATIAL_UPSCALER, upscaler, {"config": json.dumps(UPSCALER_CONFIG)})
+        for index, name in enumerate((DISTILLED_ADAPTER, CAMERA_ADAPTER)):
+            _write_safetensors(staging / name, _drawn(_adapter_shapes(), seed=SEED + 3 + index), {"format": "pt"})
         _write_text_encoder(staging / TEXT_ENCODER)
-        for name in (CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER):
+        for name in (CHECKPOINT, SPATIAL_UPSCALER, DISTILLED_ADAPTER, CAMERA_ADAPTER, TEXT_ENCODER):
             if not (folder / name).exists():
                 with suppress(FileExistsError, NotADirectoryError):  # another builder was first
                     (staging / name).rename(folder / name)
@@ -156,6 +161,17 @@ def _checkpoint_shapes() -> dict[str, tuple[int, ...]]:
     shapes = {name_on_disk(name): tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
     for plan in part_blueprints(CONFIG, num_text_states=NUM_TEXT_STATES):
         shapes |= _shapes(plan)
+    return shapes
+
+
+def _adapter_shapes() -> dict[str, tuple[int, ...]]:
+    """Pairs of factors for the query projections of every block, as published adapters name them."""
+    shapes = {}
+    for name, (rows, columns) in ((n, s) for n, s in _checkpoint_shapes().items() if re.search(r"blocks.*to_q\.w", n)):
+        if "connector" not in name:
+            module = name.removeprefix("model.").removesuffix(".weight")
+            shapes[f"{module}.lora_A.weight"] = (ADAPTER_RANK, columns)
+            shapes[f"{module}.lora_B.weight"] = (rows, ADAPTER_RANK)
     return shapes
 
 

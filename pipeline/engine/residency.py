@@ -21,6 +21,11 @@ class Residency:
         self._on_host = on_host
         self._waiting: dict[str, nn.Module] = {}
 
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Names of the parts that wait on the host."""
+        return tuple(self._waiting)
+
     def keep(self, name: str, module: nn.Module) -> None:
         """Take note of a loaded part; if it is to wait on the host, it goes there now."""
         if name in self._on_host:

@@ -14,7 +14,7 @@ from pipeline.config.model import DenoiserSize, ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.engine.engine import RenderEngine
 from pipeline.engine.loading import load_engine
-from pipeline.engine.nano import CHECKPOINT, SPATIAL_UPSCALER, TEXT_ENCODER, build_nano
+from pipeline.engine.nano import CHECKPOINT, DISTILLED_ADAPTER, SPATIAL_UPSCALER, TEXT_ENCODER, build_nano
 from pipeline.records.request import RenderRequest
 
 STAGE_1_SIGMAS = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]
@@ -44,6 +44,7 @@ def nano_model(nano_folder: Path) -> ModelConfig:
         checkpoint=CHECKPOINT,
         text_encoder=TEXT_ENCODER,
         spatial_upscaler=SPATIAL_UPSCALER,
+        adapters={"distilled": DISTILLED_ADAPTER},
         size=DenoiserSize(num_layers=2, video_width=64, audio_width=32, text_tokens=128),
     )
 

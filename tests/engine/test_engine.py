@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kernels.ops import reference_ops
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
+from pipeline.config.model import PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.engine.components.upsampler import compress_range
 from pipeline.engine.decode import CHUNK_FRAMES
+from pipeline.engine.loading import MemoryBudget, load_engine
+from pipeline.engine.memory import RESERVED_BYTES
 from pipeline.errors import CheckpointMismatch, EngineFault, OutOfMemory, UsageError
 from pipeline.model.checkpoint import CheckpointFile
 
@@ -143,12 +147,12 @@ def test_negative_prompt_is_encoded_only_where_it_makes_a_difference(engine, req
 
     encoder = engine.text._encoder
     engine.text._encoder = Counting()
-    for cfg, expected in ((1.0, ["a"]), (2.0, ["no fog", "b"])):
+    for cfg, expected in ((1.0, ["a"]), (2.0, ["b", "no fog"]), (2.0, ["c"])):
         guidance = [GuidanceConfig(video=StreamGuidance(cfg=cfg))]
         stage = StageConfig(sigmas=[1.0, 0.0], guidance=guidance)
         asked.clear()
         recipe = RecipeConfig(name="r", negative_prompt="no fog", stages=[stage])
-        engine.render(request_for(prompt=expected[-1]), recipe, _ignore)
+        engine.render(request_for(prompt=expected[0]), recipe, _ignore)
         assert asked == expected
 
 
@@ -188,9 +192,35 @@ def test_a_fused_adapter_changes_the_clip_and_the_next_one_is_rendered_without_i
 
 
 def test_adapter_the_model_has_not_is_refused(engine, recipe, request_for):
-    recipe.stages[1].adapter = "distilled"
-    with pytest.raises(UsageError, match=r"needs model\.adapters\.distilled, got \[\]"):
+    recipe.stages[1].adapter = "styled"
+    with pytest.raises(UsageError, match=r"needs model\.adapters\.styled, got \['distilled'\]"):
         engine.render(request_for(), recipe, _ignore)
+
+
+def test_enhanced_prompt_is_what_is_encoded_and_what_is_told(engine, recipe, request_for):
+    request = request_for(prompt="a boat")
+    request = dataclasses.replace(request, wishes=dataclasses.replace(request.wishes, enhance_prompt=True))
+    written, again = (engine.render(request, recipe, _ignore) for _ in range(2))
+    assert written.prompt == again.prompt != "a boat"
+    as_written = engine.render(request_for(prompt=written.prompt, seed=request.seed), recipe, _ignore)
+    assert np.array_equal(written.waveform, as_written.waveform) and as_written.prompt == written.prompt
+
+
+def test_parts_that_wait_on_the_host_give_the_same_clip(nano_model, recipe, request_for):
+    """The budget of a device that holds one large part at a time."""
+    parts = {"text_encode": 0, "denoise": 0, "upsample": 0, "decode": 0}
+    engines = []
+    for limit_bytes in (10**12, RESERVED_BYTES + 7_200_000):
+        budget = MemoryBudget(limit_bytes, parts)
+        engines.append(load_engine(nano_model, PrecisionConfig(), device="cpu", ops=reference_ops(), budget=budget))
+    free, tight = engines
+    assert not free.residency.waiting and tight.residency.waiting
+    full = dataclasses.replace(recipe.stages[1], adapter="distilled")
+    recipe.stages[1] = full
+    for _ in range(2):  # the second clip finds the adapter of the first one's last stage in its weights
+        clips = [engine.render(request_for(), recipe, _ignore) for engine in engines]
+        frames = [np.concatenate(list(clip.frames)) for clip in clips]
+        assert np.array_equal(*frames) and np.array_equal(clips[0].waveform, clips[1].waveform)
 
 
 def test_recipe_of_another_family_is_refused(engine, request_for):
@@ -237,7 +267,7 @@ class _Fails:
     def __init__(self, error):
         self.error = error
 
-    def encode(self, prompt):
+    def encode_all(self, *prompts):
         raise self.error
 
     def decode(self, latent, **_):

@@ -35,7 +35,8 @@ def test_building_adds_what_is_missing_and_touches_nothing_else(nano_folder, tmp
     assert kept.pop(Path("ltx.safetensors")) == b"43 GB of somebody's weights"
     assert kept.pop(Path(nano.TEXT_ENCODER) / "config.json") == b"mine"
     built = _contents(nano_folder)
-    assert kept == {path: built[path] for path in (Path(nano.CHECKPOINT), Path(nano.SPATIAL_UPSCALER))}
+    names = (nano.CHECKPOINT, nano.SPATIAL_UPSCALER, nano.DISTILLED_ADAPTER, nano.CAMERA_ADAPTER)
+    assert kept == {Path(name): built[Path(name)] for name in names}
 
 
 def test_failed_build_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
