@@ -171,7 +171,7 @@ def _is_playable(row: dict[str, Any]) -> bool:
     try:
         facts = probe_clip(local_path(row["uri"]))
         asked = {name: row[name] for name in ("width", "height", "num_frames", "fps")}
-        check_clip(facts, **asked, sample_rate_hz=row["sample_rate_hz"])
+        check_clip(facts, **asked, sample_rate_hz=row["sample_rate_hz"] or 0)
     except EngineFault:
         return False
     return True

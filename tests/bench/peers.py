@@ -75,7 +75,7 @@ def inputs(shape: Shape, device: str) -> dict[str, torch.Tensor]:
 
 
 def our_step(tiny: bool, device: str) -> Bind:
-    from kernels.ops import reference_ops
+    from kernels.ops import device_ops
     from pipeline.engine.latents import audio_positions, video_positions
     from pipeline.geometry import LatentShape
     from pipeline.model.checkpoint import build_on_meta
@@ -83,7 +83,7 @@ def our_step(tiny: bool, device: str) -> Bind:
     from pipeline.model.streams import DistinctTimesteps, TokenStream
 
     hparams = DenoiserHparams.from_config(transformer_section(tiny))
-    denoiser = randomise(build_on_meta(hparams, reference_ops()).to(torch.bfloat16), device)
+    denoiser = randomise(build_on_meta(hparams, device_ops(device)).to(torch.bfloat16), device)
 
     def bind(shape: Shape) -> Step:
         given, latents = inputs(shape, device), LatentShape(*shape, 24.0)
