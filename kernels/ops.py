@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kernels import cudnn_attention, reference, scaled_mm
+from kernels import reference, scaled_mm
 
 # Shape suffixes are those of kernels.reference.
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -78,5 +78,5 @@ def reference_ops() -> OpSet:
 def device_ops(device: str) -> OpSet:
     """The plain operations, but for those that a device of this kind ("cpu", "cuda", "cuda:1") has units for."""
     if device.split(":")[0] == "cuda":
-        return replace(reference_ops(), attention=cudnn_attention.attention, fp8_linear=scaled_mm.fp8_linear)
+        return replace(reference_ops(), fp8_linear=scaled_mm.fp8_linear)
     return reference_ops()

@@ -9,6 +9,8 @@ N distinct timesteps of a sample. A size of 1 at B broadcasts. Of a linear layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -56,7 +58,7 @@ def modulated_layer_norm(
 def gated_residual(x_BTD: Tensor, branch_BTD: Tensor, gate_BND: Tensor, index_BT: Tensor | None) -> Tensor:
     """x + branch * gate, (B, T, D); rows of the gate are chosen as in `modulated_rms_norm`."""
     gate = rows_of_tokens(gate_BND, index_BT).float()
-    return torch.addcmul(x_BTD.float(), branch_BTD.float(), gate).to(x_BTD.dtype)
+    return (branch_BTD * gate).add_(x_BTD).to(x_BTD.dtype)
 
 
 def qk_norm_rope(
@@ -71,7 +73,7 @@ def qk_norm_rope(
     """
     y_BHTK = _normed_heads(x_BTD, weight_D, num_heads, eps)
     if rotary is not None:
-        y_BHTK = torch.cat(_rotated(y_BHTK.chunk(2, dim=-1), rotary), dim=-1)
+        y_BHTK = _rotated(y_BHTK, rotary, lambda whole: whole.chunk(2, dim=-1))
     return y_BHTK.to(x_BTD.dtype)
 
 
@@ -81,7 +83,7 @@ def qk_norm_rope_interleaved(
     """As `qk_norm_rope`, but a and b are the even and the odd channels of a head, and stay where they were."""
     y_BHTK = _normed_heads(x_BTD, weight_D, num_heads, eps)
     if rotary is not None:
-        y_BHTK = torch.stack(_rotated(y_BHTK.unflatten(-1, (-1, 2)).unbind(dim=-1), rotary), dim=-1).flatten(-2)
+        y_BHTK = _rotated(y_BHTK, rotary, lambda whole: whole.unflatten(-1, (-1, 2)).unbind(dim=-1))
     return y_BHTK.to(x_BTD.dtype)
 
 
@@ -127,14 +129,21 @@ def rows_of_tokens(rows_BND: Tensor, index_BT: Tensor | None) -> Tensor:
 
 
 def _rms_normalised(x_BTD: Tensor, eps: float) -> Tensor:
-    return functional.rms_norm(x_BTD.float(), x_BTD.shape[-1:], eps=eps)
+    """In float32. Reads x twice and casts on the way: a float32 copy of it would be written and read once more."""
+    norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
+    return x_BTD * torch.rsqrt(norm_BT1.square() / x_BTD.shape[-1] + eps)
 
 
 def _normed_heads(x_BTD: Tensor, weight_D: Tensor, num_heads: int, eps: float) -> Tensor:
-    y_BTD = _rms_normalised(x_BTD, eps) * weight_D.float()
+    y_BTD = _rms_normalised(x_BTD, eps).mul_(weight_D)
     return y_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def _rotated(pair: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    (a_BHTP, b_BHTP), (cos_BHTP, sin_BHTP) = pair, rotary
-    return a_BHTP * cos_BHTP - b_BHTP * sin_BHTP, b_BHTP * cos_BHTP + a_BHTP * sin_BHTP
+def _rotated(y_BHTK: Tensor, rotary: tuple[Tensor, Tensor], halves: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:
+    """Every pair (a, b) of the `halves` of y turned, written straight to its place in the result."""
+    (a_BHTP, b_BHTP), (cos_BHTP, sin_BHTP) = halves(y_BHTK), rotary
+    turned_BHTK = torch.empty(y_BHTK.shape, dtype=y_BHTK.dtype, device=y_BHTK.device)
+    first_BHTP, second_BHTP = halves(turned_BHTK)
+    torch.mul(a_BHTP, cos_BHTP, out=first_BHTP).addcmul_(b_BHTP, sin_BHTP, value=-1)
+    torch.mul(b_BHTP, cos_BHTP, out=second_BHTP).addcmul_(a_BHTP, sin_BHTP)
+    return turned_BHTK

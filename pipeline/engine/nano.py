@@ -166,7 +166,7 @@ def _checkpoint_shapes() -> dict[str, tuple[int, ...]]:
 
 def _adapter_shapes() -> dict[str, tuple[int, ...]]:
     """Pairs of factors for the query projections of every block, as published adapters name them."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, (rows, columns) in ((n, s) for n, s in _checkpoint_shapes().items() if re.search(r"blocks.*to_q\.w", n)):
         if "connector" not in name:
             module = name.removeprefix("model.").removesuffix(".weight")

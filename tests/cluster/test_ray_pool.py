@@ -103,9 +103,9 @@ def test_workers_that_all_die_in_their_set_up_end_the_job_with_the_cause(farm: N
 def test_more_workers_than_there_is_room_for_are_waited_for_while_the_others_work(
     farm: NewFarm, caplog: pytest.LogCaptureFixture
 ) -> None:
-    this = farm(["render 1.5"] * 4, workers.obedient, num_workers=3, start_timeout_s=2.5)
+    this = farm(["render 3.5"] * 4, workers.obedient, num_workers=3, start_timeout_s=5.0)
     assert statuses(ending_rows(this.run())) == ["rendered"] * 4
-    assert "going on with fewer workers: 1 of 3 workers found no place within 2.5 s" in caplog.text
+    assert "going on with fewer workers: 1 of 3 workers found no place within 5 s" in caplog.text
 
 
 def test_a_cluster_without_free_resources_is_a_clear_error_in_bounded_time(farm: NewFarm) -> None:
