@@ -1,0 +1,68 @@
+"""Rows that wish for adapters, a camera move, other numbers, a negative or an enhanced prompt, through jobs.render."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.end_to_end.checker import results_of, runs_of
+from tests.end_to_end.conftest import CLIP, Render
+
+Manifest = Callable[[list[dict[str, Any]]], Path]
+
+
+def test_wishes_are_honoured_and_change_the_clip_or_the_row_is_rejected(
+    render: Render, manifest: Manifest, model_folder: Path, tmp_path: Path
+) -> None:
+    lora = [{"uri": str(model_folder / "nano-distilled-lora.safetensors"), "strength": 0.5}]
+    wishes: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "lora": {"loras": lora},
+        "camera": {"camera": "dolly-in"},
+        "enhanced": {"enhance_prompt": True},
+        "guided": {"recipe": "one_stage"},
+        "steered": {
+            "recipe": "one_stage",
+            "negative_prompt": "grey",
+            "cfg_scale": 2.0,
+            "stg_scale": 0.5,
+            "num_steps": 2,
+        },
+        "refined": {"recipe": "full_two_stage"},
+        "draft": {"recipe": "draft"},
+    }
+    refused: dict[str, tuple[dict[str, Any], str]] = {
+        "steps": ({"num_steps": 4}, "num_steps is not supported by recipe distilled_two_stage, got 4"),
+        "negative": ({"negative_prompt": "grey"}, "negative_prompt is not supported by recipe distilled_two_stage"),
+        "family": ({"recipe": "ltxv_one_pass"}, "recipe must suit the job's model, got 'ltxv_one_pass'"),
+        "move": ({"camera": "pan"}, "camera must be one of dolly-in, got 'pan'"),
+        "whose": ({"loras": [{"uri": str(model_folder / "nano.safetensors"), "strength": 1.0}]},
+                  "loras[0].uri must be an adapter that fits the model"),
+    }  # fmt: skip
+    rows = {**wishes, **{name: row for name, (row, _) in refused.items()}}
+    named = [{"id": name, "prompt": "a boat", "seed": 7, **CLIP, **row} for name, row in rows.items()]
+    done = render(manifest(named))
+    assert done.returncode == 3, done.stderr
+    found = {row["id"]: row for row in results_of(runs_of(tmp_path / "out")[0])}
+    for name, (_, message) in refused.items():
+        assert found[name]["status"] == "rejected" and message in found[name]["error_message"], found[name]
+    rendered = [found[name] for name in wishes]
+    assert {row["status"] for row in rendered} == {"rendered"}
+    assert len({row["sha256"] for row in rendered}) == len(wishes)
+    assert found["enhanced"]["prompt"] not in ("a boat", "") and found["lora"]["prompt"] == "a boat"
+
+    again = render(manifest(named))
+    assert again.returncode == 3
+    skipped = {row["id"]: row for row in results_of(runs_of(tmp_path / "out")[-1])}
+    assert {skipped[name]["status"] for name in wishes} == {"skipped"}
+    assert skipped["enhanced"]["prompt"] == found["enhanced"]["prompt"]
+
+
+def test_a_job_whose_recipe_the_model_cannot_follow_is_refused_before_anything_is_built(
+    render: Render, manifest: Manifest, tmp_path: Path
+) -> None:
+    done = render(manifest([{"id": "a", "prompt": "a boat", **CLIP}]), "recipe=ltxv_one_pass")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: recipe must suit model nano, got ltxv_one_pass: it is for models of family")
+    assert not (tmp_path / "out").exists()
