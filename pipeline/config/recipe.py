@@ -180,6 +180,14 @@ class RecipeConfig:
         return CELL_PX if self.resize else round(CELL_PX / self.stages[0].size_factor)
 
     @property
+    def min_side_px(self) -> int:
+        """The smallest rendered side of which two latent cells are left to decode: decoders pad by reflection."""
+        side = self.grid_px
+        while self.stage_sizes(side, side)[-1][0] < 2 * CELL_PX:
+            side += self.grid_px
+        return side
+
+    @property
     def has_guidance(self) -> bool:
         """If a negative prompt makes a difference."""
         return any(entry.video.cfg != 1 or entry.audio.cfg != 1 for stage in self.stages for entry in stage.guidance)

@@ -132,6 +132,7 @@ def recipe_rules(recipe: RecipeConfig, misfit: str = "") -> RecipeRules:
         fps=clip.fps,
         grid_px=recipe.grid_px,
         crop=recipe.crop,
+        min_side_px=recipe.min_side_px,
         negative_prompt=recipe.negative_prompt if recipe.has_guidance else None,
         misfit=misfit,
         honours=frozenset(honours),

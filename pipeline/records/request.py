@@ -45,6 +45,8 @@ class RecipeRules:
     fps: float
     grid_px: int
     crop: bool
+    # The rendered size must have at least so many pixels a side.
+    min_side_px: int = 2
     # Text to steer away from; None for a recipe without guidance.
     negative_prompt: str | None = None
     # Why the job's model cannot follow it; empty if it can.
@@ -207,6 +209,10 @@ def _side_of(row: Mapping[str, Any], name: str, rules: RecipeRules, limits: Requ
         problems.append(f"{name} must be even and at least 2, got {size}; use {max(2, size + size % 2)}")
     elif size > limits.max_side_px:
         problems.append(f"{name} must be at most {limits.max_side_px}, got {size}; raise limits.max_side_px")
+    elif next_on_grid(size, rules.grid_px) < rules.min_side_px:
+        problems.append(
+            f"{name} must be at least {rules.min_side_px} with recipe {rules.name}, got {size}; use {rules.min_side_px}"
+        )
     elif not rules.crop and size % rules.grid_px:
         above = next_on_grid(size, rules.grid_px)
         use = f"{above - rules.grid_px} or {above}" if above > rules.grid_px else f"{above}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobs.entry import compose_recipes
-from pipeline.config.recipe import RecipeConfig, resolve, unsupported_overrides
+from pipeline.config.recipe import RecipeConfig, StageConfig, resolve, unsupported_overrides
 
 NOTHING = {"num_steps": None, "cfg_scale": None, "stg_scale": None}
 # Which overrides each recipe honours.
@@ -70,3 +70,13 @@ def test_overrides_change_the_steps_and_the_pictures_scales_only(recipes: dict[s
 def test_nothing_asked_for_changes_nothing(recipes: dict[str, RecipeConfig]) -> None:
     for recipe in recipes.values():
         assert resolve(recipe, **NOTHING) == recipe
+
+
+@pytest.mark.parametrize(
+    ("size_factor", "resize", "least"), [(1.0, False, 64), (0.5, True, 128), (0.6666666, True, 128)]
+)
+def test_a_rendered_side_leaves_two_cells_to_decode(size_factor: float, resize: bool, least: int) -> None:
+    stage = StageConfig(size_factor=size_factor, sigmas=[1.0, 0.0])
+    recipe = RecipeConfig(name="r", resize=resize, stages=[stage])
+    assert recipe.min_side_px == least
+    assert recipe.stage_sizes(least, least)[-1] >= (64, 64)
