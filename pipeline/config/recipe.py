@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from pipeline.config.checks import require
-from pipeline.config.guidance import POSITIVE, GuidanceConfig
+from pipeline.config.guidance import LEVEL_SLACK, POSITIVE, GuidanceConfig
 from pipeline.config.model import FAMILIES, ClipDefaults, ModelConfig
 from pipeline.config.schedule import ScheduleConfig
 
@@ -88,7 +88,7 @@ class StageConfig:
     def guidance_at(self, sigma: float) -> GuidanceConfig | None:
         """What holds at a noise level; None where the stage is not guided."""
         last = self.guidance[-1] if self.guidance else None
-        return next((entry for entry in self.guidance if entry.down_to <= sigma), last)
+        return next((entry for entry in self.guidance if entry.down_to <= sigma + LEVEL_SLACK), last)
 
     def samples_of_a_call(self, *, has_audio: bool) -> int:
         """The most samples that one call of the denoiser is given."""
