@@ -66,6 +66,8 @@ class StageConfig:
         require(0 <= self.eta <= 1, at + "eta", "between 0 and 1", self.eta, "use 0.5")
         ok = self.stg_strategy in STG_STRATEGIES
         require(ok, at + "stg_strategy", f"one of {strategies}", self.stg_strategy, "use values")
+        ok = self.stg_strategy == "values" or self.family != "ltx2"
+        require(ok, at + "stg_strategy", "values in a stage of LTX-2", self.stg_strategy, "use values")
         require(self.family in FAMILIES, at + "family", " or ".join(FAMILIES), self.family, "use the model's")
         downs = [entry.down_to for entry in self.guidance]
         way_out = "the first entry at or below a step's level counts"

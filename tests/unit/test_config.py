@@ -38,6 +38,7 @@ def refused(*arguments: str) -> str:
         ("recipe.stages=[{sigmas:[1.0,0.0],eta:2}]", "eta must be between 0 and 1, got 2"),
         ("recipe.stages=[{sigmas:[1.0,0.0],family:sd}]", "family must be ltx2 or ltx_video, got 'sd'"),
         ("recipe.stages=[{sigmas:[1.0,0.0],stg_strategy:all}]", "stg_strategy must be one of values, attention"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],stg_strategy:block}]", "stg_strategy must be values in a stage of LTX-2"),
         ("recipe.stages=[{sigmas:[1.0,0.0],sampler:euler_cfg_pp}]", "another one in a stage without cfg"),
         ("recipe.stages=[{sigmas:[1.0,0.0],guidance:[{video:{stg:1.0}}]}]", "stg_blocks must be one block or more"),
         ("recipe.stages=[{sigmas:[1.0,0.0],guidance:[{video:{cfg:-1}}]}]", "guidance.cfg must be a finite number"),
