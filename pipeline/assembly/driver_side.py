@@ -111,7 +111,8 @@ def make_plan(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: 
     """Read and judge the manifest, and see what is done; writes nothing."""
     planning = planner(job, recipes, fingerprint)
     if reason := planning.misfit(job.recipe):
-        raise UsageError(f"recipe must suit model {job.model.name}, got {job.recipe.name}: {reason}")
+        suiting = ", ".join(name for name, recipe in recipes.items() if not planning.misfit(recipe)) or "another model"
+        raise UsageError(f"recipe must suit model {job.model.name}, got {job.recipe.name}: {reason}; use {suiting}")
     manifest = open_manifest(job.manifest)
     store = AssetStore(open_store(job.output))
 

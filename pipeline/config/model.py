@@ -73,6 +73,8 @@ class ModelConfig:
     # ltx2 or ltx_video: which recipes it can follow.
     family: str = "ltx2"
     has_audio: bool = True
+    # If it follows few noise levels without guidance.
+    distilled: bool = False
     # If its text encoder can rewrite prompts: Gemma can, T5's encoder has no output words.
     can_enhance: bool = True
     exchange_timesteps: str = "1.2.0"

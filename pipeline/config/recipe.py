@@ -83,6 +83,12 @@ class StageConfig:
         else:
             require(not self.sigmas, at + "sigmas", "empty beside a schedule", self.sigmas, "give one of the two")
 
+    @property
+    def is_for_distilled(self) -> bool:
+        """If only a distilled model can follow it: along given noise levels, unguided, without `adapter: distilled`."""
+        guided = any(entry.passes(has_audio=True) != (POSITIVE,) for entry in self.guidance)
+        return bool(self.sigmas) and not guided and self.adapter != "distilled"
+
     def levels(self, num_tokens: int) -> list[float]:
         """Descending noise levels that end in 0, for a stage of `num_tokens` video tokens."""
         return list(self.sigmas) if self.schedule is None else self.schedule.levels(num_tokens)
@@ -208,19 +214,24 @@ class RecipeConfig:
 
 
 def misfit(recipe: RecipeConfig, model: ModelConfig) -> str:
-    """Why `model` cannot follow `recipe`, with the way out; empty if it can."""
+    """Why `model` cannot follow `recipe`; empty if it can.
+
+    A distilled model may follow guided recipes: slower than it need be, but nobody published that it fails.
+    """
     last = model.size.num_layers - 1
     for stage in recipe.stages:
         if stage.family != model.family:
-            return f"it is for models of family {stage.family}, {model.name} is {model.family}; use another recipe"
+            return f"it is for models of family {stage.family}, {model.name} is {model.family}"
+        if stage.is_for_distilled and not model.distilled:
+            return f"its few noise levels without guidance are for distilled models, {model.name} is not one"
         if stage.adapter and stage.adapter not in model.adapters:
             names = ", ".join(sorted(model.adapters)) or "none"
-            return f"it needs model.adapters.{stage.adapter}, {model.name} has {names}; name its file or use another"
+            return f"it needs model.adapters.{stage.adapter}, {model.name} has {names}"
         blocks = [block for entry in stage.guidance for block in entry.stg_blocks]
         if any(block > last for block in blocks):
             return f"its stg_blocks must be 0 to {last}, got {blocks}; correct them or model.tuning.stg_blocks"
         if stage.upsample != 1 and not model.spatial_upscaler:
-            return f"it needs model.spatial_upscaler, {model.name} has none; use a recipe of one stage"
+            return f"it needs model.spatial_upscaler, {model.name} has none"
     return ""
 
 

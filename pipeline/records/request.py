@@ -196,7 +196,8 @@ def _rules_of(
         problems.append(f"recipe must be one of {names}, got {name!r}; correct it or leave it empty")
         return recipes[default]
     if recipes[name].misfit:
-        problems.append(f"recipe must suit the job's model, got {name!r}: {recipes[name].misfit}")
+        suiting = ", ".join(sorted(other for other, rules in recipes.items() if not rules.misfit))
+        problems.append(f"recipe must suit the job's model, got {name!r}: {recipes[name].misfit}; use {suiting}")
     return recipes[name]
 
 
