@@ -103,7 +103,7 @@ def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
         return reason
 
     cameras = {move: f"{folder}/{file}" for move, file in model.cameras.items()}
-    rules = ModelRules(cameras=cameras, can_enhance=model.can_enhance, adapter_sha256=sha256)
+    rules = ModelRules(cameras, model.can_enhance, model.size.has_audio, sha256)
     return {"rules": rules, "misfit": misfit_of, "adapters_of": adapters_of}
 
 

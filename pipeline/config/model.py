@@ -37,6 +37,10 @@ class DenoiserSize:
     text_flops_per_token: float = 0.0
     decode_flops_per_pixel: float = 0.0
 
+    @property
+    def has_audio(self) -> bool:
+        return self.audio_width > 0
+
 
 FAMILIES = ("ltx2", "ltx_video")
 # Which noise level gates what one stream takes from the other; the releases of the reference differ in it.
@@ -72,7 +76,6 @@ class ModelConfig:
     license: str = ""
     # ltx2 or ltx_video: which recipes it can follow.
     family: str = "ltx2"
-    has_audio: bool = True
     # If it follows few noise levels without guidance.
     distilled: bool = False
     # If its text encoder can rewrite prompts: Gemma can, T5's encoder has no output words.

@@ -46,7 +46,7 @@ def clip_flops(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize)
     sizes = recipe.stage_sizes(rendered.height, rendered.width)
     for stage, (height, width) in zip(recipe.stages, sizes, strict=True):
         shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
-        samples = stage.num_samples(shape.num_video_tokens, has_audio=size.audio_width > 0)
+        samples = stage.num_samples(shape.num_video_tokens, has_audio=size.has_audio)
         total += samples * denoiser_flops(size, shape)
     height, width = sizes[-1]
     return total + size.decode_flops_per_pixel * rendered.num_frames * height * width

@@ -126,7 +126,7 @@ def parse_request(
         problems.append("prompt must not be blank, got an empty one; describe the clip")
     rules = _rules_of(row, recipes, default_recipe, problems)
     width, height = (_side_of(row, name, rules, limits, problems) for name in ("width", "height"))
-    num_frames, fps = _timing_of(row, rules, limits, problems)
+    num_frames, fps = _timing_of(row, rules, limits, problems, has_audio=model.has_audio)
     seed = _whole(row, "seed", INT64_RANGE, problems)
     priority = _whole(row, "priority", INT32_RANGE, problems)
     wishes = wishes_of(
@@ -222,7 +222,7 @@ def _side_of(row: Mapping[str, Any], name: str, rules: RecipeRules, limits: Requ
 
 
 def _timing_of(
-    row: Mapping[str, Any], rules: RecipeRules, limits: RequestLimits, problems: list[str]
+    row: Mapping[str, Any], rules: RecipeRules, limits: RequestLimits, problems: list[str], *, has_audio: bool
 ) -> tuple[int, float]:
     """Frames and frames a second: `num_frames`, or the smallest count on the grid that lasts `duration_s`."""
     before = len(problems)
@@ -254,7 +254,7 @@ def _timing_of(
             f"a clip must last at most {limits.max_duration_s:g} s, got {asked}; raise limits.max_duration_s"
         )
         return rules.num_frames, fps
-    if num_audio_latents(frames, fps) < 1:
+    if has_audio and num_audio_latents(frames, fps) < 1:
         problems.append(
             f"a clip must be long enough for one sound latent (0.02 s), got {frames} frames at {fps:g} fps; add frames"
         )

@@ -41,6 +41,7 @@ class ModelRules:
     # Camera move -> URI of its adapter.
     cameras: Mapping[str, str] = field(default_factory=dict)
     can_enhance: bool = False
+    has_audio: bool = True
     # sha256 of an adapter file that fits the model; a PipelineError says why it cannot be had or does not fit.
     adapter_sha256: Callable[[str], str] = _no_adapters
 

@@ -64,7 +64,7 @@ def test_sizes_are_those_of_the_metadata(name: str) -> None:
     assert model.size.num_layers == transformer["num_layers"]
     assert model.size.video_width == transformer["num_attention_heads"] * transformer["attention_head_dim"]
     assert model.size.audio_width == audio_heads * transformer.get("audio_attention_head_dim", 0)
-    assert model.has_audio == (audio_heads > 0)
+    assert model.size.has_audio == (audio_heads > 0)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "nano"])
