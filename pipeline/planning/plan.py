@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pipeline.config.model import PrecisionConfig
@@ -136,7 +137,20 @@ def recipe_rules(recipe: RecipeConfig, misfit: str = "") -> RecipeRules:
         negative_prompt=recipe.negative_prompt if recipe.has_guidance else None,
         misfit=misfit,
         honours=frozenset(honours),
+        refusal=partial(_refusal, recipe),
     )
+
+
+def _refusal(recipe: RecipeConfig, overrides: Mapping[str, Any]) -> str:
+    """Why a row's numbers, each of which the recipe honours, do not go together or with it; empty if they do."""
+    try:
+        changed = resolve(recipe, **overrides)
+    except UsageError as error:
+        return f"the row's numbers cannot be honoured by recipe {recipe.name}: {error}"
+    if overrides["negative_prompt"] is not None and not changed.has_guidance:
+        rule = "negative_prompt must be empty where cfg_scale 1 leaves it without effect"
+        return f"{rule}, got {overrides['negative_prompt']!r}; leave one of them empty"
+    return ""
 
 
 def recipe_content(recipe: RecipeConfig) -> dict[str, Any]:

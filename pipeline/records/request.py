@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
@@ -53,6 +53,8 @@ class RecipeRules:
     misfit: str = ""
     # Of wishes.OVERRIDE_COLUMNS, those that the recipe has numbers for.
     honours: frozenset[str] = frozenset()
+    # Why it cannot be followed with the numbers and the negative prompt of a row (`Wishes.overrides`); empty if it can.
+    refusal: Callable[[Mapping[str, Any]], str] = lambda overrides: ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def parse_request(
         recipe=rules.name,
         negative_prompt=rules.negative_prompt,
         honours=rules.honours,
+        refusal=rules.refusal,
         model=model,
         problems=problems,
     )
