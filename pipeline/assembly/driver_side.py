@@ -74,6 +74,7 @@ def planner(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: st
         recipes=recipes,
         default_recipe=job.recipe.name,
         precision=job.precision,
+        model=job.model,
         fingerprint=fingerprint,
         limits=RequestLimits(job.limits.max_side_px, job.limits.max_duration_s),
         estimator=Estimator(job.model.size, worker_tflops(job, device), unit_price(worker_price(job, device))),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pipeline.config.model import PrecisionConfig
+from pipeline.config.model import ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, resolve, unsupported_overrides
 from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
@@ -52,6 +52,7 @@ class Planner:
     recipes: Mapping[str, RecipeConfig]
     default_recipe: str
     precision: PrecisionConfig
+    model: ModelConfig
     fingerprint: str
     limits: RequestLimits
     estimator: Estimator
@@ -65,14 +66,14 @@ class Planner:
         return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits, model=self.rules)
 
     def item(self, request: RenderRequest) -> WorkItem:
-        recipe = self.recipes[request.recipe]
+        recipe = resolved(self.recipes, request)
         key = content_key(
             request,
             recipe={**recipe_content(recipe), "adapters": dict(self.adapters_of(recipe))},
-            precision=to_plain(self.precision),
-            fingerprint=self.fingerprint,
+            precision=precision_content(self.precision),
+            model=model_content(self.model, self.fingerprint),
         )
-        return WorkItem(request, key, self.estimator.estimate(request, resolved(self.recipes, request)))
+        return WorkItem(request, key, self.estimator.estimate(request, recipe))
 
     def plan(
         self,
@@ -154,9 +155,32 @@ def _refusal(recipe: RecipeConfig, overrides: Mapping[str, Any]) -> str:
 
 
 def recipe_content(recipe: RecipeConfig) -> dict[str, Any]:
-    """The part of a recipe that changes pixels or sound beyond what the request says already."""
+    """The part of a resolved recipe that changes pixels or sound beyond what the request says already."""
     content: dict[str, Any] = to_plain(recipe)
     for name in _NOT_CONTENT:
         del content[name]
     del content["encode"]["thumbnail_quality"]
+    if not recipe.has_guidance:
+        del content["negative_prompt"]
+    if all(stage.family != "ltx_video" for stage in recipe.stages):
+        # Only decoders of LTX-Video take noise.
+        del content["decode"]["timestep"], content["decode"]["noise_scale"]
     return content
+
+
+def precision_content(precision: PrecisionConfig) -> dict[str, Any]:
+    """The part of a precision that changes pixels or sound."""
+    content = to_plain(precision)
+    del content["name"]
+    if precision.linear != "fp8":
+        del content["keep_first_blocks"], content["keep_last_blocks"]
+    return content
+
+
+def model_content(model: ModelConfig, fingerprint: str) -> dict[str, Any]:
+    """What of a model changes pixels or sound: its files, and the two settings that these do not say."""
+    return {
+        "fingerprint": fingerprint,
+        "text_tokens": model.size.text_tokens,
+        "exchange_timesteps": model.exchange_timesteps,
+    }

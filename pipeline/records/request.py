@@ -92,10 +92,15 @@ class RenderRequest:
         return render_shape(PixelShape(self.num_frames, self.height, self.width, self.fps), self.grid_px)
 
     def pixel_content(self) -> dict[str, Any]:
-        """Everything of the request that changes pixels or sound, for the content key (README, "The contract")."""
+        """What of the request changes pixels or sound, for the content key (README, "The contract").
+
+        What the row changes of its recipe is in the recipe as resolved: to say what it says anyway is no change.
+        """
         content = asdict(self)
         for name in ("id", "row_index", "priority", "tags", "recipe", "grid_px"):
             del content[name]
+        for name in self.wishes.overrides():
+            del content["wishes"][name]
         for adapter in content["wishes"]["adapters"]:
             del adapter["uri"]
         return content

@@ -1,15 +1,16 @@
-"""What the planner makes of rows under real recipes: the verdict on a row's numbers."""
+"""What the planner makes of rows under real recipes: the verdict on their numbers, and their content keys."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
-from pipeline.config.model import DenoiserSize, PrecisionConfig
-from pipeline.config.recipe import RecipeConfig, StageConfig
+from pipeline.config.model import DenoiserSize, ModelConfig, PrecisionConfig
+from pipeline.config.recipe import DecodeConfig, RecipeConfig, StageConfig
 from pipeline.config.schedule import ScheduleConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.estimate import Estimator
@@ -30,6 +31,7 @@ def planner(recipe: RecipeConfig) -> Planner:
         recipes={recipe.name: recipe},
         default_recipe=recipe.name,
         precision=PrecisionConfig(),
+        model=ModelConfig(),
         fingerprint="f",
         limits=LIMITS,
         estimator=Estimator(DenoiserSize(), 400.0, UnitPrice("p", Decimal("3.6"))),
@@ -73,3 +75,57 @@ def test_a_negative_prompt_still_counts_where_the_sound_is_guided_by_it() -> Non
     recipe = guided()
     recipe.stages[0].guidance[0].audio.cfg = 7.0
     assert len(judged(recipe, cfg_scale=1.0, negative_prompt="fog").requests) == 2
+
+
+PLAIN = RecipeConfig("plain", stages=[StageConfig(sigmas=[1.0, 0.0])])
+LTX_VIDEO = RecipeConfig("video", stages=[StageConfig(sigmas=[1.0, 0.0], family="ltx_video")])
+
+
+def key(planning: Planner, **row: Any) -> str:
+    (request,) = planning.intake([{"id": "a", "prompt": "a boat", **row}]).requests
+    return planning.item(request).key
+
+
+def test_a_row_that_says_what_its_recipe_says_anyway_is_the_same_clip() -> None:
+    planning = planner(guided())
+    same = {"num_steps": 4, "cfg_scale": 3.0, "stg_scale": 1.0, "negative_prompt": guided().negative_prompt}
+    assert key(planning, **same) == key(planning)
+    others: list[dict[str, Any]] = [
+        {"num_steps": 5}, {"cfg_scale": 2.0}, {"stg_scale": 0.5}, {"negative_prompt": "fog"},
+    ]  # fmt: skip
+    assert len({key(planning), *(key(planning, **other) for other in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("planning", "changed"),
+    [
+        (planner(PLAIN), {"model": ModelConfig(size=DenoiserSize(text_tokens=512))}),
+        (planner(PLAIN), {"model": ModelConfig(exchange_timesteps="1.0.0")}),
+        (planner(PLAIN), {"fingerprint": "g"}),
+        (planner(PLAIN), {"precision": PrecisionConfig(linear="fp8")}),
+        (planner(guided()), {"recipes": {"guided": replace(guided(), negative_prompt="fog")}}),
+        (planner(PLAIN), {"recipes": {"plain": replace(PLAIN, decode=DecodeConfig(tone_map=0.5))}}),
+        (planner(LTX_VIDEO), {"recipes": {"video": replace(LTX_VIDEO, decode=DecodeConfig(noise_scale=0.5))}}),
+    ],
+)
+def test_what_changes_the_clip_changes_its_key(planning: Planner, changed: dict[str, Any]) -> None:
+    assert key(replace(planning, **changed)) != key(planning)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": ModelConfig(name="other", folder="/elsewhere")},
+        {"precision": PrecisionConfig(name="mine", keep_first_blocks=1)},
+        {"recipes": {"copy": replace(PLAIN, name="copy", negative_prompt="fog")}, "default_recipe": "copy"},
+        {"recipes": {"plain": replace(PLAIN, decode=DecodeConfig(noise_scale=0.5))}},
+    ],
+)
+def test_what_changes_nothing_of_the_clip_is_not_in_its_key(changed: dict[str, Any]) -> None:
+    planning = planner(PLAIN)
+    assert key(replace(planning, **changed)) == key(planning)
+
+
+def test_the_blocks_that_keep_their_numbers_count_where_the_others_do_not() -> None:
+    fp8 = replace(planner(PLAIN), precision=PrecisionConfig(linear="fp8"))
+    assert key(replace(fp8, precision=PrecisionConfig(linear="fp8", keep_first_blocks=1))) != key(fp8)

@@ -92,12 +92,11 @@ def test_a_wish_that_cannot_be_honoured_is_a_problem_of_the_row(row: dict[str, A
 
 
 def _key(**row: Any) -> str:
-    return content_key(parse(**row), recipe={}, precision={}, fingerprint="f")
+    return content_key(parse(**row), recipe={}, precision={}, model={})
 
 
 def test_wishes_are_part_of_the_content_and_places_of_files_are_not() -> None:
-    changes: list[dict[str, Any]] = [{"negative_prompt": "x"}, {"num_steps": 3}, {"cfg_scale": 2.0}, {"stg_scale": 2.0},
-                                     {"enhance_prompt": True}, {"camera": "dolly_in"}, {"loras": [{"uri": "a"}]},
+    changes: list[dict[str, Any]] = [{"enhance_prompt": True}, {"camera": "dolly_in"}, {"loras": [{"uri": "a"}]},
                                      {"loras": [{"uri": "a", "strength": 0.5}]}]  # fmt: skip
     assert len({_key(), *(_key(**change) for change in changes)}) == len(changes) + 1
     request = parse(loras=[{"uri": "a"}])
