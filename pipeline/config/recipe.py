@@ -213,6 +213,15 @@ class RecipeConfig:
         return sizes
 
 
+@dataclass(frozen=True)
+class Recipes:
+    """All recipes under the settings of a job, by name."""
+
+    usable: dict[str, RecipeConfig]
+    # Why the settings do not go with the others.
+    unusable: dict[str, str]
+
+
 def misfit(recipe: RecipeConfig, model: ModelConfig) -> str:
     """Why `model` cannot follow `recipe`; empty if it can.
 

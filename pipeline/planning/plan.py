@@ -7,7 +7,7 @@ Pure: manifest rows and the look-up of what is committed come from the caller.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -60,9 +60,13 @@ class Planner:
     # Why the model cannot follow a recipe, empty if it can; and the hashes of adapters that a recipe fuses by itself.
     misfit: Callable[[RecipeConfig], str] = lambda recipe: ""
     adapters_of: Callable[[RecipeConfig], Mapping[str, str]] = lambda recipe: {}
+    # Why the job's settings do not go with recipes that are not among `recipes`.
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
     def intake(self, rows: Iterable[Mapping[str, Any]]) -> Intake:
         rules = {name: recipe_rules(recipe, self.misfit(recipe)) for name, recipe in self.recipes.items()}
+        stand_in = rules[self.default_recipe]
+        rules |= {name: replace(stand_in, name=name, misfit=reason) for name, reason in self.unusable.items()}
         return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits, model=self.rules)
 
     def item(self, request: RenderRequest) -> WorkItem:

@@ -49,7 +49,7 @@ class RecipeRules:
     min_side_px: int = 2
     # Text to steer away from; None for a recipe without guidance.
     negative_prompt: str | None = None
-    # Why the job's model cannot follow it; empty if it can.
+    # Why it does not go with the job's model or settings; empty if it does.
     misfit: str = ""
     # Of wishes.OVERRIDE_COLUMNS, those that the recipe has numbers for.
     honours: frozenset[str] = frozenset()
@@ -205,7 +205,9 @@ def _rules_of(
         return recipes[default]
     if recipes[name].misfit:
         suiting = ", ".join(sorted(other for other, rules in recipes.items() if not rules.misfit))
-        problems.append(f"recipe must suit the job's model, got {name!r}: {recipes[name].misfit}; use {suiting}")
+        problems.append(
+            f"recipe must suit the job's model and settings, got {name!r}: {recipes[name].misfit}; use {suiting}"
+        )
     return recipes[name]
 
 

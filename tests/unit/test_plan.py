@@ -77,6 +77,15 @@ def test_a_negative_prompt_still_counts_where_the_sound_is_guided_by_it() -> Non
     assert len(judged(recipe, cfg_scale=1.0, negative_prompt="fog").requests) == 2
 
 
+def test_a_recipe_that_the_jobs_settings_do_not_go_with_is_a_problem_of_the_rows_that_name_it() -> None:
+    planning = replace(planner(guided()), unusable={"draft": "sound_from_stage must be 1"})
+    rows = [{"id": "a", "prompt": "a boat", "recipe": "draft"}, {"id": "b", "prompt": "a boat"}]
+    intake = planning.intake(rows)
+    assert [request.id for request in intake.requests] == ["b"]
+    message = "recipe must suit the job's model and settings, got 'draft': sound_from_stage must be 1; use guided"
+    assert message in intake.rejections[0].message
+
+
 PLAIN = RecipeConfig("plain", stages=[StageConfig(sigmas=[1.0, 0.0])])
 LTX_VIDEO = RecipeConfig("video", stages=[StageConfig(sigmas=[1.0, 0.0], family="ltx_video")])
 

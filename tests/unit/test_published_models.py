@@ -70,13 +70,13 @@ def test_sizes_are_those_of_the_metadata(name: str) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "nano"])
 def test_a_model_takes_the_recipes_that_suit_it(name: str) -> None:
     """A dev model under a distilled recipe renders mush and ends with exit 0."""
-    recipes = compose_recipes("render", [f"model={name}"])
+    recipes = compose_recipes("render", [f"model={name}"]).usable
     model = model_named(name)
     assert {recipe for recipe in recipes if not misfit(recipes[recipe], model)} == SUITING[name]
 
 
 def test_a_dev_model_with_a_distilled_recipe_is_told_why() -> None:
-    reason = misfit(compose_recipes("render", [])["draft"], model_named("ltx2_19b_dev"))
+    reason = misfit(compose_recipes("render", []).usable["draft"], model_named("ltx2_19b_dev"))
     assert reason == "its few noise levels without guidance are for distilled models, ltx2_19b_dev is not one"
 
 
