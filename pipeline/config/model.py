@@ -135,6 +135,9 @@ class PrecisionConfig:
         ok = self.kernels == "reference"
         require(ok, "precision.kernels", "reference", self.kernels, "fused kernels do not exist yet")
         require(self.linear in ("exact", "fp8"), "precision.linear", "exact or fp8", self.linear, "use precision=fp8")
+        ok = self.linear != "fp8" or self.dtype != "float32"
+        way_out = "use bfloat16, or precision.linear=exact"
+        require(ok, "precision.dtype", "checkpoint or bfloat16 with fp8", self.dtype, way_out)
         for name in ("keep_first_blocks", "keep_last_blocks"):
             require(getattr(self, name) >= 0, f"precision.{name}", "0 or more", getattr(self, name), "use 3")
         bits = self.text_encoder_bits

@@ -62,6 +62,11 @@ def test_a_wrong_setting_is_refused_in_one_line(argument: str, message: str) -> 
     assert message in text and "\n" not in text
 
 
+def test_8_bit_products_of_float32_are_refused() -> None:
+    message = "precision.dtype must be checkpoint or bfloat16 with fp8, got 'float32'"
+    assert message in refused("precision=fp8", "precision.dtype=float32")
+
+
 def test_paths_are_taken_as_they_stand() -> None:
     odd = "/data/date=2026-11-20/a b/${x}/{1,2}/%20.parquet"
     job = compose_job(RenderJob, "render", [f"manifest={odd}", f"model.spatial_upscaler={odd}"])
