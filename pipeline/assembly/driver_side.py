@@ -44,6 +44,7 @@ from pipeline.records.wishes import ModelRules
 from pipeline.report.rebuild import rebuild
 from pipeline.storage.adapters import AdapterShelf
 from pipeline.storage.assets import AssetStore, RunningIndex
+from pipeline.storage.filesystem import join
 from pipeline.storage.manifest import Manifest, open_manifest
 from pipeline.storage.models import NOT_STAGED, staged_hashes
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
@@ -84,14 +85,15 @@ def planner(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: st
 def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
     """What the planner is told of the model. Of one that is not staged here no file can be looked at."""
     folder = model.folder.rstrip("/")
-    shelf = AdapterShelf(f"{folder}/{model.checkpoint}", staged_hashes(model.folder, model.name) if is_staged else {})
+    checkpoint = join(folder, model.checkpoint)
+    shelf = AdapterShelf(checkpoint, staged_hashes(model.folder, model.name) if is_staged else {})
 
     def sha256(uri: str) -> str:
         return shelf.sha256(uri) if is_staged or not uri.startswith(folder) else NOT_STAGED
 
     def adapters_of(recipe: RecipeConfig) -> dict[str, str]:
         names = sorted({stage.adapter for stage in recipe.stages} - {""})
-        return {name: sha256(f"{folder}/{model.adapters[name]}") for name in names}
+        return {name: sha256(join(folder, model.adapters[name])) for name in names}
 
     def misfit_of(recipe: RecipeConfig) -> str:
         reason = misfit(recipe, model)
@@ -102,7 +104,7 @@ def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
             reason = f"its adapter cannot be used: {error}"
         return reason
 
-    cameras = {move: f"{folder}/{file}" for move, file in model.cameras.items()}
+    cameras = {move: join(folder, file) for move, file in model.cameras.items()}
     rules = ModelRules(cameras=cameras, can_enhance=model.can_enhance, adapter_sha256=sha256)
     return {"rules": rules, "misfit": misfit_of, "adapters_of": adapters_of}
 

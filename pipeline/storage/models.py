@@ -19,6 +19,7 @@ from pipeline.errors import UsageError
 from pipeline.storage.filesystem import (
     ABANDONED_AFTER_S,
     is_local,
+    join,
     local_path,
     open_for_reading,
     sha256_of,
@@ -38,18 +39,20 @@ SIDECAR = "fingerprint.{model}.json"
 # Stands for a hash where the model's files are not at hand: an estimate needs none.
 NOT_STAGED = "not staged"
 PART_PREFIX = ".part-"
-# Held by whoever fetches into a folder.
+# Held by whoever fetches into a folder, and where a fetch keeps what is not whole.
 LOCK = ".fetch.lock"
+UNFINISHED = ".fetch"
 
 
 def stage(
     folder: Path, model: str, parts: Mapping[str, str], extras: Mapping[str, str], known: Mapping[str, str]
 ) -> str:
-    """Hash the files of `parts` (part -> file or folder, relative to `folder`) into a sidecar; returns the fingerprint.
+    """Hash the files of `parts` (part -> file or folder) into a sidecar in `folder`; returns the fingerprint.
 
+    Names are relative to `folder` unless absolute, here and in the sidecar, so that models can share a text encoder.
     `extras` are in the sidecar and no part of the fingerprint, so that adding an adapter renders nothing again. `known`
-    holds the sha256 of files that were hashed a moment ago, by path relative to `folder`. Raises UsageError that names
-    every part that is missing.
+    holds the sha256 of files that were hashed a moment ago, by name. Raises UsageError that names every part that is
+    missing.
     """
     everything = {**parts, **extras}
     missing = [f"{part} {folder / name}" for part, name in everything.items() if not (folder / name).exists()]
@@ -61,7 +64,7 @@ def stage(
     files: dict[str, dict[str, Any]] = {}
     for part, name in everything.items():
         base = folder / name
-        for file in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]:
+        for file in _files_in(base) if base.is_dir() else [base]:
             path = str(Path(name) / file.relative_to(base))
             digest = known.get(path) or sha256_of(file)
             files[path] = {"sha256": digest, "size_bytes": file.stat().st_size}
@@ -90,8 +93,7 @@ def staged_bytes(folder: str, model: str) -> int:
 
 def staged_hashes(folder: str, model: str) -> dict[str, str]:
     """URI of each file of a staged model -> its sha256, as hashed then."""
-    base = folder.rstrip("/")
-    return {f"{base}/{name}": str(facts["sha256"]) for name, facts in _sidecar(folder, model)["files"].items()}
+    return {join(folder, name): str(facts["sha256"]) for name, facts in _sidecar(folder, model)["files"].items()}
 
 
 def local_copy(folder: str, model: str, cache: Path) -> Path:
@@ -103,12 +105,15 @@ def local_copy(folder: str, model: str, cache: Path) -> Path:
     _sweep_parts(target)
     for name, facts in sidecar["files"].items():
         path = target / name
+        # What lies outside the model's folder is never fetched: it was found here, in its size, with the sidecar.
+        if Path(name).is_absolute():
+            continue
         if path.is_file() and path.stat().st_size == facts["size_bytes"]:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{PART_PREFIX}{writer()}-{uuid.uuid4().hex[:8]}")
         try:
-            with open_for_reading(f"{folder.rstrip('/')}/{name}") as source, part.open("wb") as copy:
+            with open_for_reading(join(folder, name)) as source, part.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 16 << 20)
             if sha256_of(part) != facts["sha256"]:
                 raise UsageError(
@@ -125,9 +130,14 @@ def local_copy(folder: str, model: str, cache: Path) -> Path:
 def copy_to(folder: str, staged: Path) -> None:
     """Copy a staged model's files to a URI, the sidecar last: a model with a sidecar is whole."""
     store = open_store(folder)
-    files = [path for path in staged.rglob("*") if path.is_file() and path.name != LOCK]
-    for path in sorted(files, key=lambda path: (path.match(SIDECAR.format(model="*")), path)):
+    for path in sorted(_files_in(staged), key=lambda path: (path.match(SIDECAR.format(model="*")), path)):
         store.replace(path.relative_to(staged).as_posix(), path)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a model or of a part, sorted; not what a fetch keeps beside them."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if not {LOCK, UNFINISHED} & {*path.relative_to(folder).parts})
 
 
 def _sweep_parts(target: Path) -> None:
@@ -141,7 +151,7 @@ def _sweep_parts(target: Path) -> None:
 
 def _sidecar(folder: str, model: str) -> dict[str, Any]:
     way_out = f"run: python -m jobs.stage_weights model={model} model.folder={folder}"
-    where = f"{folder.rstrip('/')}/{SIDECAR.format(model=model)}"
+    where = join(folder, SIDECAR.format(model=model))
     if size_of(where) is None:
         raise NotStaged(f"model {model} must be staged, got no {where}; {way_out}")
     try:
@@ -149,7 +159,7 @@ def _sidecar(folder: str, model: str) -> dict[str, Any]:
             sidecar: dict[str, Any] = json.loads(stream.read())
     except ValueError as error:
         raise UsageError(f"{where} must be readable JSON, got: {error}; {way_out}") from error
-    sizes = {name: size_of(f"{folder.rstrip('/')}/{name}") for name in sidecar["files"]}
+    sizes = {name: size_of(join(folder, name)) for name in sidecar["files"]}
     changed = [name for name, facts in sidecar["files"].items() if sizes[name] != facts["size_bytes"]]
     if changed:
         shown = ", ".join(changed[:5])
