@@ -64,6 +64,28 @@ def test_wishes_are_honoured_and_change_the_clip_or_the_row_is_rejected(
     assert skipped["enhanced"]["prompt"] == found["enhanced"]["prompt"]
 
 
+def test_a_lora_that_only_the_worker_finds_broken_sets_its_row_aside(
+    render: Render, manifest: Manifest, model_folder: Path, tmp_path: Path
+) -> None:
+    """Of a header that contradicts itself the plan sees names, shapes and the size of the file, which all fit."""
+    content = (model_folder / "nano-distilled-lora.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    first = next(entry for name, entry in header.items() if name != "__metadata__")
+    first["data_offsets"] = [first["data_offsets"][0], first["data_offsets"][1] - 2]
+    (tmp_path / "a.safetensors").write_bytes(
+        content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + content[8 + length :]
+    )
+    rows = [{"id": "bad", "loras": [{"uri": str(tmp_path / "a.safetensors")}]}, {"id": "good"}]
+    done = render(manifest([{"prompt": "a boat", **CLIP, **row} for row in rows]))
+    assert done.returncode == 3, done.stderr
+    found = {row["id"]: row for row in results_of(runs_of(tmp_path / "out")[0])}
+    assert [found[id]["status"] for id in ("bad", "good")] == ["failed", "rendered"]
+    assert (found["bad"]["error_class"], found["bad"]["attempts"]) == ("InvalidRequest", 1)
+    assert "loras and camera must be adapters that fit the model: " in found["bad"]["error_message"]
+    assert "must be a complete safetensors file" in found["bad"]["error_message"]
+
+
 def test_rows_for_adapters_that_were_never_staged_are_told_the_command(
     manifest: Manifest, model_folder: Path, tmp_path: Path, bucket: str
 ) -> None:
