@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.storage.filesystem import is_local, local_path, open_for_reading, sha256_of, size_of, storage_error
+from pipeline.storage.models import fetch_checked, sweep_parts
 
 MAX_HEADER_BYTES = 100 << 20
 NUM_PROBLEMS_SHOWN = 3
@@ -26,6 +26,8 @@ _KEY = re.compile(r"diffusion_model\.(.+)\.lora_([AB])\.weight")
 _CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
 # As the format names them.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_PLANNED = "must be the file that was planned with"
+_OTHER = f"{_PLANNED}, got another; run the same command again"
 
 
 class Stored(NamedTuple):
@@ -147,22 +149,29 @@ def misfits(adapter: Header, checkpoint: Header | None) -> list[str]:
 
 
 def local_adapter(uri: str, sha256: str, cache: Path) -> Path:
-    """The adapter on this machine: itself, or a copy in `cache` that is fetched once and checked by hash."""
-    if is_local(uri):
-        return local_path(uri)
-    target = cache.expanduser() / "adapters" / f"{sha256}.safetensors"
-    if target.is_file():
+    """The adapter on this machine: itself, or a copy in `cache` that is fetched once.
+
+    UsageError if it is gone, or has another hash than `sha256`, that of the plan; a file is hashed once a process.
+    """
+    if not is_local(uri):
+        target = cache.expanduser() / "adapters" / f"{sha256}.safetensors"
+        if not target.is_file():
+            sweep_parts(target.parent)
+            fetch_checked(uri, target, sha256, _OTHER)
         return target
-    part = target.with_name(f".{sha256[:16]}.{uuid.uuid4().hex[:8]}")
+    path = local_path(uri)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open_for_reading(uri) as source, part.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 16 << 20)
-        if sha256_of(part) != sha256:
-            raise UsageError(f"{uri} must be the file that was planned with, got another; run the same command again")
-        part.replace(target)
+        facts = path.stat()
+    except FileNotFoundError as error:
+        raise UsageError(f"{uri} {_PLANNED}, got none; put it back") from error
     except OSError as error:
-        raise storage_error(error, f"fetching {uri}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+        raise storage_error(error, f"reading {uri}") from error
+    if _sha256_of(path, facts.st_mtime_ns, facts.st_size) != sha256:
+        raise UsageError(f"{uri} {_OTHER}")
+    return path
+
+
+@cache
+def _sha256_of(path: Path, mtime_ns: int, size_bytes: int) -> str:
+    """Remembered for as long as the file is the same by these numbers."""
+    return sha256_of(path)

@@ -102,29 +102,40 @@ def local_copy(folder: str, model: str, cache: Path) -> Path:
         return local_path(folder)
     sidecar = _sidecar(folder, model)
     target = cache.expanduser() / str(sidecar["fingerprint"])[:16]
-    _sweep_parts(target)
+    sweep_parts(target)
     for name, facts in sidecar["files"].items():
         path = target / name
         # What lies outside the model's folder is never fetched: it was found here, in its size, with the sidecar.
-        if Path(name).is_absolute():
+        if Path(name).is_absolute() or (path.is_file() and path.stat().st_size == facts["size_bytes"]):
             continue
-        if path.is_file() and path.stat().st_size == facts["size_bytes"]:
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{PART_PREFIX}{writer()}-{uuid.uuid4().hex[:8]}")
-        try:
-            with open_for_reading(join(folder, name)) as source, part.open("wb") as copy:
-                shutil.copyfileobj(source, copy, 16 << 20)
-            if sha256_of(part) != facts["sha256"]:
-                raise UsageError(
-                    f"{folder}/{name} must be the file that was staged, got another; stage the model again"
-                )
-            part.replace(path)
-        except OSError as error:
-            raise storage_error(error, f"fetching {folder}/{name}") from error
-        finally:
-            part.unlink(missing_ok=True)
+        complaint = "must be the file that was staged, got another; stage the model again"
+        fetch_checked(join(folder, name), path, facts["sha256"], complaint)
     return target
+
+
+def fetch_checked(uri: str, path: Path, sha256: str, complaint: str) -> None:
+    """Copy `uri` to `path`, which appears whole and with this hash; UsageError with `complaint` if it has another."""
+    part = path.with_name(f"{PART_PREFIX}{writer()}-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_for_reading(uri) as source, part.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 16 << 20)
+        if sha256_of(part) != sha256:
+            raise UsageError(f"{uri} {complaint}")
+        part.replace(path)
+    except OSError as error:
+        raise storage_error(error, f"fetching {uri}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sweep_parts(target: Path) -> None:
+    """Remove what a killed fetch left: a part is as large as the model."""
+    for part in target.rglob(f"{PART_PREFIX}*"):
+        with suppress(OSError):  # another worker's, just finished
+            old = time.time() - part.stat().st_mtime > ABANDONED_AFTER_S
+            if old or writer_is_gone(part.name.removeprefix(PART_PREFIX)):
+                part.unlink()
 
 
 def copy_to(folder: str, staged: Path) -> None:
@@ -138,15 +149,6 @@ def _files_in(folder: Path) -> list[Path]:
     """The files of a model or of a part, sorted; not what a fetch keeps beside them."""
     found = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in found if not {LOCK, UNFINISHED} & {*path.relative_to(folder).parts})
-
-
-def _sweep_parts(target: Path) -> None:
-    """Remove what a killed fetch left: a part is as large as the model."""
-    for part in target.rglob(f"{PART_PREFIX}*"):
-        with suppress(OSError):  # another worker's, just finished
-            old = time.time() - part.stat().st_mtime > ABANDONED_AFTER_S
-            if old or writer_is_gone(part.name.removeprefix(PART_PREFIX)):
-                part.unlink()
 
 
 def _sidecar(folder: str, model: str) -> dict[str, Any]:

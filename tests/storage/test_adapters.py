@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import pytest
 import pipeline.storage.adapters
 from pipeline.errors import StorageUnavailable, UsageError
 from pipeline.storage.adapters import AdapterShelf, Stored, header_of, local_adapter, misfits
+from pipeline.storage.filesystem import sha256_of
 
 CONNECTOR = "diffusion_model.video_embeddings_connector.blocks.0.to_q"
 WEIGHTS = {"model.diffusion_model.blocks.0.to_q.weight": (8, 4), f"model.{CONNECTOR}.weight": (8, 4),
@@ -153,3 +155,21 @@ def test_an_adapter_in_a_bucket_is_fetched_once_and_checked_by_hash(bucket: str,
     with pytest.raises(UsageError, match="must be the file that was planned with"):
         local_adapter(uri, "0" * 64, cache)
     assert [path.name for path in (cache / "adapters").iterdir()] == [copy.name]
+
+
+def test_a_local_adapter_is_hashed_once_a_process_and_refused_when_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(write(tmp_path / "a.safetensors", FITTING))
+    planned = hashlib.sha256(path.read_bytes()).hexdigest()
+    hashed = []
+    monkeypatch.setattr(pipeline.storage.adapters, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    assert [local_adapter(str(path), planned, tmp_path) for _ in range(3)] == [path] * 3
+    assert hashed == [path]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(1, 1))  # as if time had passed, whatever the clock's grain
+    with pytest.raises(UsageError, match=r"must be the file that was planned with, got another; run the same"):
+        local_adapter(str(path), planned, tmp_path)
+    path.unlink()
+    with pytest.raises(UsageError, match="must be the file that was planned with, got none"):
+        local_adapter(str(path), planned, tmp_path)
