@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,6 +217,36 @@ def test_a_published_model_goes_straight_into_a_bucket(hub: Hub, bucket: str, tm
              fsspec.filesystem("s3", use_listings_cache=False).find(f"{bucket}/m")}  # fmt: skip
     facts = json.loads(fsspec.filesystem("s3").cat(f"{bucket}/m/fingerprint.{OURS}.json"))
     assert files == {*facts["files"], f"fingerprint.{OURS}.json"}, "nothing else, such as a lock"
+
+
+def test_staging_into_a_bucket_again_brings_only_what_is_missing(hub: Hub, bucket: str, tmp_path: Path) -> None:
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+
+    def staged(*extras: str) -> tuple[str, dict, dict[str, object], set[str]]:
+        hub.asked.clear()
+        done = run_command("stage_weights", f"model={OURS}", f"model.folder={bucket}/m", f"model.cache={tmp_path}",
+                           f"extras=[{','.join(extras)}]")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        facts = json.loads(fs.cat(f"{bucket}/m/fingerprint.{OURS}.json"))
+        there = fs.find(f"{bucket}/m", detail=True)
+        return done.stdout, facts, {name: info["LastModified"] for name, info in there.items()}, {
+            path for path, _, _ in hub.asked}  # fmt: skip
+
+    first, facts, _, _ = staged()
+    _, with_static, before, asked = staged("static")
+    assert asked == {STATIC} and with_static["files"].keys() - facts["files"].keys() == {STATIC}
+    checkpoint = f"{bucket.removeprefix('s3://')}/m/{CHECKPOINT}"
+    again, kept, after, asked = staged()
+    assert (again, kept, asked) == (first, with_static, set()), "an adapter that is there stays in the books"
+    time.sleep(1.1)  # S3 tells seconds
+    fs.pipe_file(checkpoint, b"cut short")
+    healed, mended, last, asked = staged()
+    assert asked == {CHECKPOINT} and (healed, mended) == (first, kept)
+    assert {name for name in after if after[name] != last[name]} == {
+        checkpoint,
+        checkpoint.replace(CHECKPOINT, f"fingerprint.{OURS}.json"),
+    }
+    assert after.keys() == before.keys()
 
 
 def test_models_share_a_text_encoder_that_lies_elsewhere(hub: Hub, bucket: str, tmp_path: Path) -> None:
