@@ -81,6 +81,15 @@ def test_written_files_are_staged_and_render(
     assert json.loads((tmp_path / "results" / "clip.jsonl").read_text())["playable"]
 
 
+@pytest.mark.parametrize("real", ["model-00001-of-00002.safetensors", "config.json", "text_encoder/config.json"])
+def test_a_text_encoder_that_is_there_is_never_written_to(tmp_path: Path, real: str) -> None:
+    (tmp_path / real).parent.mkdir(exist_ok=True)
+    (tmp_path / real).write_bytes(b"a licensed file")
+    jobs.bench._write_text_encoder(tmp_path, "gemma-3-12b")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / real]
+    assert (tmp_path / real).read_bytes() == b"a licensed file"
+
+
 def test_a_written_t5_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = "encoder.block.{0-1}.layer."
     tensors = {
