@@ -150,7 +150,7 @@ def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
         return done.returncode
     row = rows[0]
     load_s = sum(entry.gpu_seconds for entry in read_ledger(store, run_id) if entry.state == "weight_load")
-    num_bytes = staged_bytes(job.model.folder, job.model.name)
+    num_bytes = staged_bytes(job.model.folder, job.model.name, job.model.parts().values())
     measured = {
         "at": now.isoformat(timespec="seconds"),
         "what": "clip",

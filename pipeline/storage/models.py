@@ -114,9 +114,10 @@ def fingerprint(folder: str, model: str) -> str:
     return str(_sidecar(folder, model)["fingerprint"])
 
 
-def staged_bytes(folder: str, model: str) -> int:
-    """Size in bytes of all staged files of the model; raises as `fingerprint` does."""
-    return sum(int(facts["size_bytes"]) for facts in _sidecar(folder, model)["files"].values())
+def staged_bytes(folder: str, model: str, names: Collection[str]) -> int:
+    """Size in bytes of those staged files that `names` (files and folders) hold; raises as `fingerprint` does."""
+    files = _sidecar(folder, model)["files"].items()
+    return sum(int(facts["size_bytes"]) for path, facts in files if any(Path(path).is_relative_to(n) for n in names))
 
 
 def staged_hashes(folder: str, model: str) -> dict[str, str]:
