@@ -18,5 +18,5 @@ class WorkerBrief:
     recipes: Mapping[str, RecipeConfig]
     facts: RunFacts
     device: str
-    # Bytes of device memory that each phase needs beside weights, for the largest of the clips to come.
-    needed_bytes: Mapping[str, int]
+    # Bytes of device memory that each phase needs beside weights, for each kind of clip to come, the largest first.
+    demands: tuple[Mapping[str, int], ...]

@@ -33,7 +33,7 @@ from pipeline.cost.meter import Meter, utc_clock
 from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
 from pipeline.errors import Interrupted, PipelineError, UsageError
 from pipeline.planning.estimate import Estimator
-from pipeline.planning.memory import largest_demand
+from pipeline.planning.memory import demands
 from pipeline.planning.plan import Plan, Planner, Selection, resolved
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
@@ -212,8 +212,8 @@ class Run:
     def _pool(self) -> Pool:
         clips = [(item.request, resolved(self.recipes, item.request)) for item in self.plan.to_render]
         element_bytes = 4 if self.job.precision.dtype == "float32" else 2
-        needed = largest_demand(clips, self.job.model.size, element_bytes=element_bytes)
-        brief = WorkerBrief(self.job, self.recipes, self.facts, self._device, needed)
+        kinds = demands(clips, self.job.model.size, element_bytes=element_bytes)
+        brief = WorkerBrief(self.job, self.recipes, self.facts, self._device, kinds)
         factory = partial(_build_worker, brief)
         if self.job.cluster.pool == "in_process":
             return LocalPool(factory, self._acquire)

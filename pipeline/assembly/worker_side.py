@@ -31,9 +31,7 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
         _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
     store = open_store(job.output)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
-    budget = (
-        MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.needed_bytes) if device == "cuda" else None
-    )
+    budget = MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.demands) if device == "cuda" else None
     engine = load_engine(model, job.precision, device=device, ops=device_ops(device), budget=budget)
     return ClipWorker(
         engine=engine,

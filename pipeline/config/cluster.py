@@ -38,7 +38,8 @@ class ClusterConfig:
     device: str = "auto"
     # The nano model on one thread of a 2-core machine took 11 times as long as 0.05 TFLOP/s says (2026-11-20).
     assumed_cpu_tflops: float = 0.0045
-    assumed_gpu_tflops: float = 400.0
+    # One H200, eager, cold: 31.7 s for the 7,687 TFLOP of a 1080p clip of LTX-2.0 (tests/bench/results/clip.jsonl).
+    assumed_gpu_tflops: float = 242.0
     # A worker may use so much of its GPU's memory (1e9 bytes) and no more, to try what a smaller GPU would hold.
     gpu_memory_limit_gb: float | None = None
     # Every node sees `output` under the same path (NFS, say), so it may be a plain path on several nodes.

@@ -10,7 +10,7 @@ import math
 import re
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -27,7 +27,7 @@ from pipeline.engine.components.upsampler import load_latent_upsampler
 from pipeline.engine.components.video_vae import load_video_decoder, load_video_encoder
 from pipeline.engine.components.vocoder import load_vocoder
 from pipeline.engine.engine import DENOISER, VIDEO_DECODER, RenderEngine
-from pipeline.engine.memory import PHASES, MemoryPlan, Part, plan_memory
+from pipeline.engine.memory import PHASES, MemoryPlan, Part, plan_for_most
 from pipeline.engine.residency import Residency
 from pipeline.engine.text import TEXT_ENCODER, TextConditioner
 from pipeline.errors import CheckpointMismatch, UsageError
@@ -52,10 +52,10 @@ _KNOWN_AND_UNUSED = re.compile(
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What the device offers, and what the clips to come need beside weights in each phase; bytes."""
+    """Bytes that the device offers, and that each phase of the clips to come needs beside weights, largest first."""
 
     limit_bytes: int
-    needed: Mapping[str, int]
+    demands: Sequence[Mapping[str, int]]
 
 
 def load_engine(
@@ -166,7 +166,7 @@ def _plan(
         Part(TEXT_ENCODER, encoder_bytes * bits // 16, frozenset({"text_encode"}), can_wait=bits == 16),
         Part("rest", rest_bytes, frozenset(PHASES), can_wait=False),
     ]
-    return plan_memory(parts, budget.needed, budget.limit_bytes)
+    return plan_for_most(parts, budget.demands, budget.limit_bytes)
 
 
 def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:

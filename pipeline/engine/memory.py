@@ -8,6 +8,7 @@ phase and changes no pixel. Moving is `residency.py`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -34,6 +35,22 @@ class MemoryPlan:
 
     on_host: frozenset[str]
     peak_bytes: Mapping[str, int]
+
+
+def plan_for_most(parts: Sequence[Part], demands: Sequence[Mapping[str, int]], limit_bytes: int) -> MemoryPlan:
+    """The plan for as many of `demands` (largest first) as `limit_bytes` can hold at all; larger ones fail alone.
+
+    OutOfMemory if not even the smallest fits.
+    """
+    needed: dict[str, int] = {}
+    growing = []
+    for demand in reversed(demands):
+        needed = {phase: max(needed.get(phase, 0), demand[phase]) for phase in PHASES}
+        growing.append(needed)
+    for candidate in reversed(growing[1:]):
+        with suppress(OutOfMemory):
+            return plan_memory(parts, candidate, limit_bytes)
+    return plan_memory(parts, growing[0], limit_bytes)
 
 
 def plan_memory(parts: Sequence[Part], needed: Mapping[str, int], limit_bytes: int) -> MemoryPlan:

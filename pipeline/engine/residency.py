@@ -58,8 +58,10 @@ ALL_RESIDENT = Residency("cpu")
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    host = tensor.detach().to("cpu")
-    return host.pin_memory() if torch.cuda.is_available() else host
+    if not torch.cuda.is_available():
+        return tensor.detach()
+    # Straight into pinned memory: by way of ordinary memory 24 GB took 28 s.
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach())
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

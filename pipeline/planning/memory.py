@@ -5,7 +5,7 @@ Which parts of the model then wait on the host is decided by the worker, who kno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from pipeline.config.model import DenoiserSize
 from pipeline.config.recipe import RecipeConfig
@@ -21,18 +21,18 @@ DECODE_BYTES_AT_LEAST = 1.4e9
 TEXT_BYTES = 1.0e9
 
 
-def largest_demand(
+def demands(
     clips: Iterable[tuple[RenderRequest, RecipeConfig]], size: DenoiserSize, *, element_bytes: int
-) -> dict[str, int]:
-    """Bytes that each phase takes at most in any of `clips`; `element_bytes` of a number is 2 or 4."""
-    most: dict[str, int] = {}
-    for request, recipe in clips:
-        for phase, needed in _demand(request, recipe, size, element_bytes).items():
-            most[phase] = max(most.get(phase, 0), needed)
-    return most
+) -> tuple[dict[str, int], ...]:
+    """Bytes that each phase takes, for each kind of clip, the largest first; `element_bytes` of a number is 2 or 4.
+
+    One that no device holds must not decide for the others, so they are not summed up here.
+    """
+    kinds = {tuple(_demand(request, recipe, size, element_bytes).items()) for request, recipe in clips}
+    return tuple(dict(kind) for kind in sorted(kinds, key=lambda kind: max(n for _, n in kind), reverse=True))
 
 
-def _demand(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize, element_bytes: int) -> Mapping[str, int]:
+def _demand(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize, element_bytes: int) -> dict[str, int]:
     rendered, scale = request.shape.rendered, element_bytes / 2
     sizes = recipe.stage_sizes(rendered.height, rendered.width)
     tokens = 0

@@ -211,7 +211,7 @@ def test_parts_that_wait_on_the_host_give_the_same_clip(nano_model, recipe, requ
     parts = {"text_encode": 0, "denoise": 0, "upsample": 0, "decode": 0}
     engines = []
     for limit_bytes in (10**12, RESERVED_BYTES + 7_200_000):
-        budget = MemoryBudget(limit_bytes, parts)
+        budget = MemoryBudget(limit_bytes, [parts])
         engines.append(load_engine(nano_model, PrecisionConfig(), device="cpu", ops=reference_ops(), budget=budget))
     free, tight = engines
     assert not free.residency.waiting and tight.residency.waiting

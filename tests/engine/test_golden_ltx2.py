@@ -10,15 +10,10 @@ from kernels.ops import reference_ops
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.config.schedule import ScheduleConfig
-from pipeline.engine.components.audio_vae import load_audio_decoder
-from pipeline.engine.components.connectors import load_text_connectors
 from pipeline.engine.components.text import TextContext, TextStates
-from pipeline.engine.components.upsampler import load_latent_upsampler
-from pipeline.engine.components.video_vae import load_video_decoder, load_video_encoder
-from pipeline.engine.components.vocoder import load_vocoder
 from pipeline.engine.conditions import append_tokens, hold_to
 from pipeline.engine.denoise import Scene, Texts, denoise, denoising
-from pipeline.engine.engine import Brief, Picture, RenderEngine
+from pipeline.engine.engine import Brief, Picture
 from pipeline.engine.latents import (
     Tokens,
     add_noise,
@@ -28,10 +23,9 @@ from pipeline.engine.latents import (
     unpatchify_audio,
     unpatchify_video,
 )
-from pipeline.engine.text import TextConditioner
 from pipeline.geometry import PixelShape, latent_shape
-from pipeline.model.adapters import FusedAdapters
 from pipeline.model.checkpoint import CheckpointFile, load_denoiser
+from tests.engine.golden_engine import engine_builder, recorded
 
 
 class RecordedStates:
@@ -46,14 +40,7 @@ class RecordedStates:
 
 
 def recorded_noise(case, names):
-    draws = iter([case[f"in.noise.{name}"] for name in names])
-
-    def draw(shape):
-        noise = next(draws)
-        assert tuple(noise.shape) == shape
-        return noise
-
-    return draw
+    return recorded([case[f"in.noise.{name}"] for name in names])
 
 
 # Of scale; the records allow 1e-3.
@@ -63,29 +50,8 @@ TWO_STAGES = ("stage1.video", "stage1.audio", "stage2.video", "stage2.audio")
 
 @pytest.fixture(scope="module")
 def engine_for(fixtures):
-    folder = fixtures / "e2e_ltx2_0"
-    checkpoint = CheckpointFile(folder / "checkpoint.safetensors")
-    video_decoder = load_video_decoder(checkpoint, device="cpu", dtype=None)
-    denoiser = load_denoiser(checkpoint, reference_ops(), "cpu")
-    upscaler = CheckpointFile(folder / "spatial_upsampler.safetensors")
-    connectors = load_text_connectors(checkpoint, device="cpu", dtype=None)
-    parts = {
-        "denoiser": denoiser,
-        "fused": FusedAdapters(denoiser, checkpoint, None),
-        "adapter_files": {},
-        "upsampler": load_latent_upsampler(upscaler, video_decoder.statistics, device="cpu", dtype=None),
-        "video_encoder": load_video_encoder(checkpoint, device="cpu", dtype=None),
-        "video_decoder": video_decoder,
-        "audio_decoder": load_audio_decoder(checkpoint, device="cpu", dtype=None),
-        "vocoder": load_vocoder(checkpoint, device="cpu"),
-        "device": "cpu",
-    }
-
-    def build(case, draws):
-        text = TextConditioner(RecordedStates(case), connectors)
-        return RenderEngine(text=text, noise_for=lambda seed: recorded_noise(case, draws), **parts)
-
-    return build
+    build = engine_builder(fixtures / "e2e_ltx2_0", "spatial_upsampler.safetensors")
+    return lambda case, draws: build(RecordedStates(case), lambda: recorded_noise(case, draws))
 
 
 def guidance_of(case):

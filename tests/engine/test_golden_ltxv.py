@@ -10,21 +10,15 @@ import torch
 from torch.nn import functional
 
 from jobs.entry import compose_recipes
-from kernels.ops import reference_ops
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.config.schedule import ScheduleConfig
-from pipeline.engine.components.connectors import load_text_connectors
 from pipeline.engine.components.text import TextStates
-from pipeline.engine.components.upsampler import load_latent_upsampler
-from pipeline.engine.components.video_vae import load_video_decoder, load_video_encoder
 from pipeline.engine.denoise import Scene, denoising
-from pipeline.engine.engine import Brief, Picture, RenderEngine
+from pipeline.engine.engine import Brief, Picture
 from pipeline.engine.latents import add_noise, seeded_noise, unpatchify_video
-from pipeline.engine.text import TextConditioner
 from pipeline.geometry import PixelShape, latent_shape
-from pipeline.model.adapters import FusedAdapters
-from pipeline.model.checkpoint import CheckpointFile, load_denoiser
+from tests.engine.golden_engine import engine_builder, recorded
 
 # Of scale; the records allow 1e-3.
 BOUND = 5e-6
@@ -44,41 +38,13 @@ class RecordedStates:
 def recorded_draws(case):
     """The record's random numbers in the order in which the reference drew them."""
     names = sorted((name for name in case.tensors if name.startswith("in.draw.")), key=lambda name: name.split(".")[2])
-    draws = iter([case[name] for name in names])
-
-    def draw(shape):
-        noise = next(draws)
-        assert tuple(noise.shape) == shape
-        return noise
-
-    return draw
+    return recorded(case[name] for name in names)
 
 
 @pytest.fixture(scope="module")
 def engine_for(fixtures):
-    folder = fixtures / "e2e_ltxv_0_9_8"
-    checkpoint = CheckpointFile(folder / "checkpoint.safetensors")
-    video_decoder = load_video_decoder(checkpoint, device="cpu", dtype=None)
-    denoiser = load_denoiser(checkpoint, reference_ops(), "cpu")
-    upscaler = CheckpointFile(folder / "spatial_upscaler.safetensors")
-    connectors = load_text_connectors(checkpoint, device="cpu", dtype=None)
-    parts = {
-        "denoiser": denoiser,
-        "fused": FusedAdapters(denoiser, checkpoint, None),
-        "adapter_files": {},
-        "upsampler": load_latent_upsampler(upscaler, video_decoder.statistics, device="cpu", dtype=None),
-        "video_encoder": load_video_encoder(checkpoint, device="cpu", dtype=None),
-        "video_decoder": video_decoder,
-        "audio_decoder": None,
-        "vocoder": None,
-        "device": "cpu",
-    }
-
-    def build(case):
-        text = TextConditioner(RecordedStates(case), connectors)
-        return RenderEngine(text=text, noise_for=lambda seed: recorded_draws(case), **parts)
-
-    return build
+    build = engine_builder(fixtures / "e2e_ltxv_0_9_8", "spatial_upscaler.safetensors")
+    return lambda case: build(RecordedStates(case), lambda: recorded_draws(case))
 
 
 def frames_of(streams):

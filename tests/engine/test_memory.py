@@ -10,10 +10,10 @@ from torch import nn
 
 from pipeline.config.model import DenoiserSize
 from pipeline.config.recipe import RecipeConfig, StageConfig
-from pipeline.engine.memory import PHASES, Part, plan_memory
+from pipeline.engine.memory import PHASES, Part, plan_for_most, plan_memory
 from pipeline.engine.residency import Residency
 from pipeline.errors import OutOfMemory
-from pipeline.planning.memory import largest_demand
+from pipeline.planning.memory import demands
 from tests.unit.makers import parse
 
 GB = 10**9
@@ -27,10 +27,14 @@ LTX2 = (TEXT, DENOISER, DECODER, REST)
 RECIPE = RecipeConfig("one", stages=[StageConfig(sigmas=[1.0, 0.0])])
 
 
-def needed(width: int, height: int) -> dict[str, int]:
-    requests = [parse(width=side[0], height=side[1], num_frames=121) for side in ((64, 64), (width, height))]
+def of_clips(*sizes: tuple[int, int]) -> tuple[dict[str, int], ...]:
+    requests = [parse(width=width, height=height, num_frames=121) for width, height in sizes]
     clips = [(replace(request, grid_px=32), RECIPE) for request in requests]
-    return largest_demand(clips, DenoiserSize(), element_bytes=2)
+    return demands(clips, DenoiserSize(), element_bytes=2)
+
+
+def needed(width: int, height: int) -> dict[str, int]:
+    return of_clips((width, height))[0]
 
 
 def test_activations_are_what_was_measured() -> None:
@@ -64,6 +68,16 @@ def test_what_can_never_fit_says_which_phase_and_how_much() -> None:
         OutOfMemory, match=r"decode needs 1\d\d\.\d GB of device memory .* got 80\.0 GB; render a smaller"
     ):
         plan_memory(LTX2, needed(3840, 2176), 80 * GB)
+
+
+def test_one_clip_that_no_device_holds_does_not_decide_for_the_others() -> None:
+    kinds = of_clips((960, 544), (3840, 2176), (1920, 1088), (960, 544))
+    assert len(kinds) == 3 and kinds[0] == needed(3840, 2176)
+    plan = plan_for_most(LTX2, kinds, 80 * GB)
+    assert plan == plan_memory(LTX2, needed(1920, 1088), 80 * GB)
+    assert plan_for_most(LTX2, kinds[:1], 10**12).on_host == frozenset()
+    with pytest.raises(OutOfMemory):
+        plan_for_most(LTX2, kinds, 20 * GB)
 
 
 def test_a_part_that_waits_is_whole_again_after_each_use_and_keeps_what_changed() -> None:
