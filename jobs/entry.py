@@ -22,9 +22,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pipeline.config.jobs import BenchJob, RenderJob, ReportJob, StageWeightsJob, SubmitJob
-from pipeline.config.recipe import RecipeConfig
+from pipeline.config.recipe import RecipeConfig, Recipes
 from pipeline.config.tree import from_tree, leaf_keys, set_verbatim, yaml_text
 from pipeline.errors import PipelineError, UsageError
 from pipeline.telemetry import log_to_stderr
@@ -53,27 +54,32 @@ def compose_job(schema: type[T], name: str, argv: list[str]) -> T:
         return _composed(schema, name, argv)
 
 
-def compose_recipes(name: str, argv: list[str]) -> dict[str, RecipeConfig]:
+def compose_recipes(name: str, argv: list[str]) -> Recipes:
     """Every recipe of `conf/recipe/` by its name: rows may name another than the job's.
 
-    Under the overrides of a job that was composed before, so their keys are known to be good. Hydra composes once: with
-    each recipe anew it would take a second.
+    Under the overrides of a job that was composed before, so the job's own recipe takes them; one that does not is
+    unusable in this job. Raises UsageError for a file that is no recipe. Hydra composes once, and each recipe that has
+    `defaults`: with each of the others anew it would take a second.
     """
-    settings = [argument for argument in _settings(argv) if not argument.startswith("recipe=")]
-    changes = [argument for argument in settings if argument.startswith("recipe.")]
-    recipes = {}
+    settings = [argument for argument in _settings(argv) if not _is_verbatim(argument.partition("=")[0])]
+    changes = OverridesParser.create().parse_overrides([each for each in settings if each.startswith("recipe.")])
+    if any(change.key_or_group == "recipe.name" for change in changes):
+        raise UsageError("recipe.name must be left alone, got another one; write a file of that name in conf/recipe/")
+    settings = [argument for argument in settings if not argument.startswith("recipe.")]
+    recipes = Recipes({}, {})
     with _Hydra(RenderJob):
-        tree = compose(name, [argument for argument in settings if argument.partition("=")[0] not in VERBATIM_KEYS])
-        parsed = OverridesParser.create().parse_overrides(changes)
+        tree = _tree(name, settings)
         for member in _members("recipe"):
-            tree.recipe = OmegaConf.merge(RecipeConfig, OmegaConf.load(CONF / "recipe" / f"{member}.yaml"))
-            for change in parsed:
-                OmegaConf.update(tree, change.key_or_group, change.value())
-            recipe = from_tree(tree.recipe)
+            tree.recipe = _recipe_tree(name, member, settings)
+            try:
+                for change in changes:
+                    OmegaConf.update(tree, change.key_or_group, change.value())
+                recipe = from_tree(tree.recipe)
+            except (UsageError, OmegaConfBaseException) as error:
+                recipes.unusable[member] = str(error).splitlines()[0]
+                continue
             assert isinstance(recipe, RecipeConfig)
-            if recipe.name != member:
-                raise UsageError(f"conf/recipe/{member}.yaml must say name: {member}, got {recipe.name!r}; correct it")
-            recipes[member] = recipe
+            recipes.usable[member] = recipe
     return recipes
 
 
@@ -112,12 +118,35 @@ class _Hydra:
         self._context.__exit__(*exc)
 
 
+def _tree(name: str, overrides: list[str]) -> DictConfig:
+    try:
+        return compose(name, overrides)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(_one_line(error)) from error
+
+
+def _recipe_tree(name: str, member: str, settings: list[str]) -> DictConfig:
+    """A recipe's file as its schema has it, whatever recipe `settings` name."""
+    file = f"conf/recipe/{member}.yaml"
+    try:
+        recipe = OmegaConf.load(CONF / "recipe" / f"{member}.yaml")
+        if not isinstance(recipe, DictConfig):
+            raise UsageError(f"{file} must be keys and values, got a list; see the files beside it")
+        if "defaults" in recipe:
+            others = [setting for setting in settings if not setting.startswith("recipe=")]
+            recipe = compose(name, [*others, f"recipe={member}"]).recipe
+        tree = OmegaConf.merge(RecipeConfig, recipe)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UsageError(f"{file} must be a recipe: {_one_line(error)}") from error
+    assert isinstance(tree, DictConfig)
+    if tree.name != member:
+        raise UsageError(f"{file} must say name: {member}, got {tree.name!r}; correct it")
+    return tree
+
+
 def _composed(schema: type[T], name: str, argv: list[str]) -> T:
     given = [argument.split("=", 1) for argument in _settings(argv)]
-    try:
-        tree = compose(name, [f"{key}={value}" for key, value in given if not _is_verbatim(key)])
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(_one_line(error)) from error
+    tree = _tree(name, [f"{key}={value}" for key, value in given if not _is_verbatim(key)])
     for key, value in given:
         if _is_verbatim(key):
             set_verbatim(tree, key, _ids(value) if key == "ids" else value)
@@ -149,9 +178,9 @@ def _ids(text: str) -> list[str]:
 def _check_keys(name: str, arguments: list[str]) -> None:
     """Refuse a misspelt key with the nearest valid one; Hydra's own message names no alternative."""
     # A model has keys of its own, such as those of its sources.
-    tree = compose(name)
+    tree = _tree(name, [])
     choices = {f"{group}={member}" for group in _groups() if group in tree for member in _members(group)}
-    valid = [*leaf_keys(compose(name, [argument for argument in arguments if argument in choices])), *_groups()]
+    valid = [*leaf_keys(_tree(name, [argument for argument in arguments if argument in choices])), *_groups()]
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
@@ -177,6 +206,8 @@ def _one_line(error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, YAMLError):
+        return " ".join(str(cause).split())
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     first = lines[0]
     if "Could not find" in str(cause) and "Available options" in str(cause):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from pipeline.assembly.driver_side import make_plan, worker_device, worker_price, worker_tflops
 from pipeline.config.jobs import RenderJob
-from pipeline.config.recipe import RecipeConfig
+from pipeline.config.recipe import Recipes
 from pipeline.cost.pricing import unit_price
 from pipeline.errors import UsageError
 from pipeline.planning.estimate import quote
@@ -21,7 +20,7 @@ from pipeline.storage.models import NOT_STAGED, NotStaged, fingerprint
 NUM_REJECTIONS_SHOWN = 20
 
 
-def quote_job(job: RenderJob, recipes: Mapping[str, RecipeConfig]) -> int:
+def quote_job(job: RenderJob, recipes: Recipes) -> int:
     """Print what `job` would do and cost, write it to `job.report` if that is set; returns 3 if rows are rejected."""
     try:
         model_fingerprint = fingerprint(job.model.folder, job.model.name)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         return quote_job(job, recipes)
     model_fingerprint = _staged(job)
     manifest, plan = make_plan(job, recipes, model_fingerprint)
-    return Run(job, recipes, model_fingerprint, manifest, plan, _stop_on_signals()).execute()
+    return Run(job, recipes.usable, model_fingerprint, manifest, plan, _stop_on_signals()).execute()
 
 
 def _staged(job: RenderJob) -> str:

@@ -26,7 +26,7 @@ from pipeline.cluster.progress import Counts, Progress, say
 from pipeline.config.cluster import Price
 from pipeline.config.jobs import RenderJob
 from pipeline.config.model import ModelConfig
-from pipeline.config.recipe import RecipeConfig, misfit
+from pipeline.config.recipe import RecipeConfig, Recipes, misfit
 from pipeline.config.tree import to_plain
 from pipeline.cost.allocation import Allocation, allocate
 from pipeline.cost.meter import Meter, utc_clock
@@ -69,12 +69,14 @@ def worker_tflops(job: RenderJob, device: str) -> float:
     return job.cluster.assumed_gpu_tflops if device == "cuda" else job.cluster.assumed_cpu_tflops
 
 
-def planner(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: str) -> Planner:
+def planner(job: RenderJob, recipes: Recipes, fingerprint: str) -> Planner:
     device = worker_device(job)
     return Planner(
-        recipes=recipes,
+        recipes=recipes.usable,
+        unusable=recipes.unusable,
         default_recipe=job.recipe.name,
         precision=job.precision,
+        model=job.model,
         fingerprint=fingerprint,
         limits=RequestLimits(job.limits.max_side_px, job.limits.max_duration_s),
         estimator=Estimator(job.model.size, worker_tflops(job, device), unit_price(worker_price(job, device))),
@@ -120,15 +122,18 @@ def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
         return reason
 
     cameras = {move: join(folder, file) for move, file in model.cameras.items()}
-    rules = ModelRules(cameras=cameras, can_enhance=model.can_enhance, adapter_sha256=sha256)
+    rules = ModelRules(cameras, model.can_enhance, model.size.has_audio, sha256)
     return {"rules": rules, "misfit": misfit_of, "adapters_of": adapters_of}
 
 
-def make_plan(job: RenderJob, recipes: Mapping[str, RecipeConfig], fingerprint: str) -> tuple[Manifest, Plan]:
+def make_plan(job: RenderJob, recipes: Recipes, fingerprint: str) -> tuple[Manifest, Plan]:
     """Read and judge the manifest, and see what is done; writes nothing."""
     planning = planner(job, recipes, fingerprint)
     if reason := planning.misfit(job.recipe):
-        raise UsageError(f"recipe must suit model {job.model.name}, got {job.recipe.name}: {reason}")
+        suiting = (
+            ", ".join(name for name, recipe in recipes.usable.items() if not planning.misfit(recipe)) or "another model"
+        )
+        raise UsageError(f"recipe must suit model {job.model.name}, got {job.recipe.name}: {reason}; use {suiting}")
     manifest = open_manifest(job.manifest)
     store = AssetStore(open_store(job.output))
 

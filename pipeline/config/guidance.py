@@ -10,6 +10,8 @@ from pipeline.config.checks import require
 # What one sample of a denoiser call can be: with the prompt; with the negative prompt; with the self-attention of some
 # blocks perturbed; with the streams isolated from each other.
 POSITIVE, NEGATIVE, PERTURBED, ISOLATED = "positive", "negative", "perturbed", "isolated"
+# Noise levels are compared with this slack: the engine's are rounded to float32, those of a recipe are not.
+LEVEL_SLACK = 1e-6
 
 
 @dataclass

@@ -37,6 +37,10 @@ class DenoiserSize:
     text_flops_per_token: float = 0.0
     decode_flops_per_pixel: float = 0.0
 
+    @property
+    def has_audio(self) -> bool:
+        return self.audio_width > 0
+
 
 FAMILIES = ("ltx2", "ltx_video")
 # Which noise level gates what one stream takes from the other; the releases of the reference differ in it.
@@ -72,7 +76,8 @@ class ModelConfig:
     license: str = ""
     # ltx2 or ltx_video: which recipes it can follow.
     family: str = "ltx2"
-    has_audio: bool = True
+    # If it follows few noise levels without guidance.
+    distilled: bool = False
     # If its text encoder can rewrite prompts: Gemma can, T5's encoder has no output words.
     can_enhance: bool = True
     exchange_timesteps: str = "1.2.0"
@@ -130,6 +135,9 @@ class PrecisionConfig:
         ok = self.kernels == "reference"
         require(ok, "precision.kernels", "reference", self.kernels, "fused kernels do not exist yet")
         require(self.linear in ("exact", "fp8"), "precision.linear", "exact or fp8", self.linear, "use precision=fp8")
+        ok = self.linear != "fp8" or self.dtype != "float32"
+        way_out = "use bfloat16, or precision.linear=exact"
+        require(ok, "precision.dtype", "checkpoint or bfloat16 with fp8", self.dtype, way_out)
         for name in ("keep_first_blocks", "keep_last_blocks"):
             require(getattr(self, name) >= 0, f"precision.{name}", "0 or more", getattr(self, name), "use 3")
         bits = self.text_encoder_bits

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from pipeline.config.checks import require
-from pipeline.config.guidance import POSITIVE, GuidanceConfig
+from pipeline.config.guidance import LEVEL_SLACK, POSITIVE, GuidanceConfig
 from pipeline.config.model import FAMILIES, ClipDefaults, ModelConfig
 from pipeline.config.schedule import ScheduleConfig
 
@@ -66,6 +66,8 @@ class StageConfig:
         require(0 <= self.eta <= 1, at + "eta", "between 0 and 1", self.eta, "use 0.5")
         ok = self.stg_strategy in STG_STRATEGIES
         require(ok, at + "stg_strategy", f"one of {strategies}", self.stg_strategy, "use values")
+        ok = self.stg_strategy == "values" or self.family != "ltx2"
+        require(ok, at + "stg_strategy", "values in a stage of LTX-2", self.stg_strategy, "use values")
         require(self.family in FAMILIES, at + "family", " or ".join(FAMILIES), self.family, "use the model's")
         downs = [entry.down_to for entry in self.guidance]
         way_out = "the first entry at or below a step's level counts"
@@ -81,6 +83,12 @@ class StageConfig:
         else:
             require(not self.sigmas, at + "sigmas", "empty beside a schedule", self.sigmas, "give one of the two")
 
+    @property
+    def is_for_distilled(self) -> bool:
+        """If only a distilled model can follow it: along given noise levels, unguided, without `adapter: distilled`."""
+        guided = any(entry.passes(has_audio=True) != (POSITIVE,) for entry in self.guidance)
+        return bool(self.sigmas) and not guided and self.adapter != "distilled"
+
     def levels(self, num_tokens: int) -> list[float]:
         """Descending noise levels that end in 0, for a stage of `num_tokens` video tokens."""
         return list(self.sigmas) if self.schedule is None else self.schedule.levels(num_tokens)
@@ -88,7 +96,7 @@ class StageConfig:
     def guidance_at(self, sigma: float) -> GuidanceConfig | None:
         """What holds at a noise level; None where the stage is not guided."""
         last = self.guidance[-1] if self.guidance else None
-        return next((entry for entry in self.guidance if entry.down_to <= sigma), last)
+        return next((entry for entry in self.guidance if entry.down_to <= sigma + LEVEL_SLACK), last)
 
     def samples_of_a_call(self, *, has_audio: bool) -> int:
         """The most samples that one call of the denoiser is given."""
@@ -205,20 +213,34 @@ class RecipeConfig:
         return sizes
 
 
+@dataclass(frozen=True)
+class Recipes:
+    """All recipes under the settings of a job, by name."""
+
+    usable: dict[str, RecipeConfig]
+    # Why the settings do not go with the others.
+    unusable: dict[str, str]
+
+
 def misfit(recipe: RecipeConfig, model: ModelConfig) -> str:
-    """Why `model` cannot follow `recipe`, with the way out; empty if it can."""
+    """Why `model` cannot follow `recipe`; empty if it can.
+
+    A distilled model may follow guided recipes: slower than it need be, but nobody published that it fails.
+    """
     last = model.size.num_layers - 1
     for stage in recipe.stages:
         if stage.family != model.family:
-            return f"it is for models of family {stage.family}, {model.name} is {model.family}; use another recipe"
+            return f"it is for models of family {stage.family}, {model.name} is {model.family}"
+        if stage.is_for_distilled and not model.distilled:
+            return f"its few noise levels without guidance are for distilled models, {model.name} is not one"
         if stage.adapter and stage.adapter not in model.adapters:
             names = ", ".join(sorted(model.adapters)) or "none"
-            return f"it needs model.adapters.{stage.adapter}, {model.name} has {names}; name its file or use another"
+            return f"it needs model.adapters.{stage.adapter}, {model.name} has {names}"
         blocks = [block for entry in stage.guidance for block in entry.stg_blocks]
         if any(block > last for block in blocks):
             return f"its stg_blocks must be 0 to {last}, got {blocks}; correct them or model.tuning.stg_blocks"
         if stage.upsample != 1 and not model.spatial_upscaler:
-            return f"it needs model.spatial_upscaler, {model.name} has none; use a recipe of one stage"
+            return f"it needs model.spatial_upscaler, {model.name} has none"
     return ""
 
 

@@ -18,6 +18,8 @@ BETA_LEVELS, BETA_SHIFT, BETA_SHAPE = 10_000, 2.37, 0.6
 BETA_INTEGRATION_STEPS = 2_000
 # Noise that the linear half of a linear-quadratic schedule takes away.
 LINEAR_NOISE = 0.025
+# Logarithms of shifts are kept within this: beyond it e^x leaves float64, and long before it no step changes any more.
+LARGEST_SHIFT = 600.0
 
 
 @dataclass
@@ -55,22 +57,28 @@ class ScheduleConfig:
 
     def levels(self, num_tokens: int) -> list[float]:
         """Descending noise levels that end in 0, for a stage of `num_tokens` video tokens."""
-        levels = SCHEDULES[self.name](self, self.num_tokens or num_tokens)
-        if self.terminal:
-            squeeze = (1 - self.terminal) / (1 - levels[-1]) if levels[-1] < 1 else 1.0
-            levels = [1 - (1 - level) * squeeze for level in levels]
+        signals = SCHEDULES[self.name](self, self.num_tokens or num_tokens)
+        if self.terminal and signals[-1] > 0:
+            squeeze = (1 - self.terminal) / signals[-1]
+            signals = [signal * squeeze for signal in signals]
+        levels = [1 - signal for signal in signals]
         return [*levels[self.skip_first : len(levels) - self.skip_last], 0.0]
+
+
+# Each gives signals, which are 1 - level and rise from 0. Those of very many tokens are far smaller than the last digit
+# of a level near 1, so they are stretched before they become levels.
 
 
 def _shifted(schedule: ScheduleConfig, num_tokens: int) -> list[float]:
     slope = (schedule.max_shift - schedule.base_shift) / (LARGE_TOKENS - SMALL_TOKENS)
     shift = schedule.base_shift + slope * (num_tokens - SMALL_TOKENS)
-    return [_shift(level, math.exp(shift)) for level in _uniform(schedule.num_steps)]
+    factor = math.exp(max(-LARGEST_SHIFT, min(shift, LARGEST_SHIFT)))
+    return [_shift(signal, factor) for signal in _uniform(schedule.num_steps)]
 
 
 def _simple_diffusion(schedule: ScheduleConfig, num_tokens: int) -> list[float]:
     """Shifted by the number of tokens itself: arXiv 2301.11093, as LTX-Video has it."""
-    return [_shift(level, num_tokens / SMALL_TOKENS) for level in _uniform(schedule.num_steps)]
+    return [_shift(signal, num_tokens / SMALL_TOKENS) for signal in _uniform(schedule.num_steps)]
 
 
 def _linear_quadratic(schedule: ScheduleConfig, num_tokens: int) -> list[float]:
@@ -79,13 +87,13 @@ def _linear_quadratic(schedule: ScheduleConfig, num_tokens: int) -> list[float]:
     bend = count // 2
     slope = LINEAR_NOISE / bend if bend else 0.0
     curve = (1 - slope * count) / (count - bend) ** 2
-    return [1 - slope * i - curve * max(0, i - bend) ** 2 for i in range(count)]
+    return [slope * i + curve * max(0, i - bend) ** 2 for i in range(count)]
 
 
 def _beta(schedule: ScheduleConfig, num_tokens: int) -> list[float]:
     """Quantiles of the beta distribution (arXiv 2407.12173) in a table of shifted levels; equal ones occur once."""
-    indices = (round(_beta_quantile(level) * (BETA_LEVELS - 1)) for level in _uniform(schedule.num_steps))
-    return [_shift((index + 1) / BETA_LEVELS, math.exp(BETA_SHIFT)) for index in dict.fromkeys(indices)]
+    indices = (round(_beta_quantile(1 - signal) * (BETA_LEVELS - 1)) for signal in _uniform(schedule.num_steps))
+    return [_shift(1 - (index + 1) / BETA_LEVELS, math.exp(BETA_SHIFT)) for index in dict.fromkeys(indices)]
 
 
 SCHEDULES: dict[str, Callable[[ScheduleConfig, int], list[float]]] = {
@@ -97,12 +105,12 @@ SCHEDULES: dict[str, Callable[[ScheduleConfig, int], list[float]]] = {
 
 
 def _uniform(num_steps: int) -> list[float]:
-    return [1 - i / num_steps for i in range(num_steps)]
+    return [i / num_steps for i in range(num_steps)]
 
 
-def _shift(level: float, factor: float) -> float:
-    """A level moved towards 1 as if the signal were `factor` times weaker."""
-    return factor * level / (1 + (factor - 1) * level)
+def _shift(signal: float, factor: float) -> float:
+    """A signal as its level has it when it is `factor` times weaker beside the same noise."""
+    return signal / (signal + factor * (1 - signal))
 
 
 def _beta_quantile(probability: float) -> float:

@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 
-from pipeline.config.guidance import ISOLATED, NEGATIVE, PERTURBED, GuidanceConfig
+from pipeline.config.guidance import ISOLATED, LEVEL_SLACK, NEGATIVE, PERTURBED, GuidanceConfig
 from pipeline.config.recipe import StageConfig
 from pipeline.engine.components.text import TextContext
 from pipeline.engine.conditions import Hold
@@ -28,8 +28,6 @@ from pipeline.geometry import LatentShape
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.streams import Conditioning, DistinctTimesteps, Perturbation, SkipStrategy, TokenStream
 
-# LTX-Video compares noise levels with this slack.
-LEVEL_SLACK = 1e-6
 UNGUIDED = GuidanceConfig()
 
 

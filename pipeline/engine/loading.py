@@ -32,7 +32,13 @@ from pipeline.engine.residency import Residency
 from pipeline.engine.text import TEXT_ENCODER, TextConditioner
 from pipeline.errors import CheckpointMismatch, UsageError
 from pipeline.model.adapters import FusedAdapters
-from pipeline.model.checkpoint import CheckpointFile, denoiser_tensors, load_denoiser, read_hparams
+from pipeline.model.checkpoint import (
+    CheckpointFile,
+    denoiser_tensors,
+    load_denoiser,
+    name_on_disk,
+    read_hparams,
+)
 from pipeline.model.dtypes import require_usable_dtypes
 from pipeline.model.hparams import ExchangeTimesteps
 
@@ -43,6 +49,8 @@ _DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
+# GPUs from here on multiply 8-bit numbers (Ada, Hopper).
+FP8_CAPABILITY = (8, 9)
 # The audio encoder is not loaded yet; published files may also carry statistics that no released code reads.
 _KNOWN_AND_UNUSED = re.compile(
     r"audio_vae\.encoder\..+"
@@ -76,6 +84,7 @@ def load_engine(
     _require_size(model, checkpoint)
     require_usable_dtypes(checkpoint.path, checkpoint.tensor_specs())
     _require_all_tensors_known(checkpoint)
+    _require_fp8_possible(model, precision, checkpoint, device)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 
     plan = None if budget is None else _plan(model, precision, checkpoint, budget)
@@ -102,7 +111,6 @@ def load_engine(
     )
     residency.keep(VIDEO_DECODER, video_decoder.module)
     residency.keep(DENOISER, denoiser)
-    has_audio = denoiser.hparams.audio is not None
     engine = RenderEngine(
         text=TextConditioner(encoder, connectors, residency),
         denoiser=denoiser,
@@ -111,8 +119,8 @@ def load_engine(
         upsampler=upsampler,
         video_encoder=load_video_encoder(checkpoint, device=device, dtype=dtype),
         video_decoder=video_decoder,
-        audio_decoder=load_audio_decoder(checkpoint, device=device, dtype=dtype) if has_audio else None,
-        vocoder=load_vocoder(checkpoint, device=device) if has_audio else None,
+        audio_decoder=load_audio_decoder(checkpoint, device=device, dtype=dtype) if model.size.has_audio else None,
+        vocoder=load_vocoder(checkpoint, device=device) if model.size.has_audio else None,
         device=device,
         residency=residency,
     )
@@ -188,6 +196,36 @@ def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
     ]
     if wrong:
         raise UsageError(f"{'; '.join(wrong)}: {checkpoint.path} says so; correct conf/model/{model.name}.yaml")
+
+
+def _require_fp8_possible(
+    model: ModelConfig, precision: PrecisionConfig, checkpoint: CheckpointFile, device: str
+) -> None:
+    """UsageError where precision.linear=fp8 would change nothing, or fail at the first product."""
+    if precision.linear != "fp8":
+        return
+    if not _fp8_blocks(precision, model):
+        raise UsageError(
+            f"precision.keep_first_blocks and keep_last_blocks must leave one of the {model.size.num_layers} blocks of "
+            f"{model.name} to fp8, got {precision.keep_first_blocks} and {precision.keep_last_blocks}; use smaller "
+            "ones or precision=exact"
+        )
+    if torch.device(device).type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise UsageError(
+            f"precision.linear must be exact on a GPU below compute capability 8.9, got fp8 on one of "
+            f"{capability[0]}.{capability[1]}; use precision=exact"
+        )
+    # The stream is of the numbers of the layer that embeds its tokens.
+    spec = checkpoint.tensor_specs().get(name_on_disk("video.embed.weight"))
+    dtype = _DTYPES[precision.dtype] or (None if spec is None else spec.dtype)
+    if dtype not in (None, torch.bfloat16):
+        raise UsageError(
+            f"precision.dtype must be bfloat16 with fp8 on a GPU, got {precision.dtype} with weights of {dtype} in "
+            f"{checkpoint.path}; use precision.dtype=bfloat16"
+        )
 
 
 def _require_all_tensors_known(checkpoint: CheckpointFile) -> None:

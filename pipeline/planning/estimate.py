@@ -18,6 +18,9 @@ from pipeline.records.request import RenderRequest
 from pipeline.records.work import Estimate
 
 UNCALIBRATED = "uncalibrated"
+# Tokens of an enhanced prompt: read, the instructions (305 words and signs) and an idea of some 150 words; written, the
+# most there can be.
+REWRITE_READ_TOKENS, REWRITE_WRITTEN_TOKENS = 512, 512
 
 
 def denoiser_flops(size: DenoiserSize, shape: LatentShape) -> float:
@@ -39,14 +42,18 @@ def denoiser_flops(size: DenoiserSize, shape: LatentShape) -> float:
 def clip_flops(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize) -> float:
     """Operations of a whole clip: the prompt, every prediction of every step of every stage, video decoding.
 
-    A negative prompt is not counted: clips that share it, as most do, encode it once.
+    A negative prompt is not counted: clips that share it, as most do, encode it once. An enhanced prompt is counted at
+    its longest. That bounds its operations, not its seconds: words are written one by one, at the speed of memory.
     """
     rendered = request.shape.rendered
-    total = size.text_flops_per_token * size.text_tokens
+    text_tokens = size.text_tokens
+    if request.wishes.enhance_prompt:
+        text_tokens += REWRITE_READ_TOKENS + REWRITE_WRITTEN_TOKENS
+    total = size.text_flops_per_token * text_tokens
     sizes = recipe.stage_sizes(rendered.height, rendered.width)
     for stage, (height, width) in zip(recipe.stages, sizes, strict=True):
         shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
-        samples = stage.num_samples(shape.num_video_tokens, has_audio=size.audio_width > 0)
+        samples = stage.num_samples(shape.num_video_tokens, has_audio=size.has_audio)
         total += samples * denoiser_flops(size, shape)
     height, width = sizes[-1]
     return total + size.decode_flops_per_pixel * rendered.num_frames * height * width

@@ -7,10 +7,11 @@ Pure: manifest rows and the look-up of what is committed come from the caller.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from pipeline.config.model import PrecisionConfig
+from pipeline.config.model import ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, resolve, unsupported_overrides
 from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
@@ -51,6 +52,7 @@ class Planner:
     recipes: Mapping[str, RecipeConfig]
     default_recipe: str
     precision: PrecisionConfig
+    model: ModelConfig
     fingerprint: str
     limits: RequestLimits
     estimator: Estimator
@@ -58,20 +60,24 @@ class Planner:
     # Why the model cannot follow a recipe, empty if it can; and the hashes of adapters that a recipe fuses by itself.
     misfit: Callable[[RecipeConfig], str] = lambda recipe: ""
     adapters_of: Callable[[RecipeConfig], Mapping[str, str]] = lambda recipe: {}
+    # Why the job's settings do not go with recipes that are not among `recipes`.
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
     def intake(self, rows: Iterable[Mapping[str, Any]]) -> Intake:
         rules = {name: recipe_rules(recipe, self.misfit(recipe)) for name, recipe in self.recipes.items()}
+        stand_in = rules[self.default_recipe]
+        rules |= {name: replace(stand_in, name=name, misfit=reason) for name, reason in self.unusable.items()}
         return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits, model=self.rules)
 
     def item(self, request: RenderRequest) -> WorkItem:
-        recipe = self.recipes[request.recipe]
+        recipe = resolved(self.recipes, request)
         key = content_key(
             request,
             recipe={**recipe_content(recipe), "adapters": dict(self.adapters_of(recipe))},
-            precision=to_plain(self.precision),
-            fingerprint=self.fingerprint,
+            precision=precision_content(self.precision),
+            model=model_content(self.model, self.fingerprint),
         )
-        return WorkItem(request, key, self.estimator.estimate(request, resolved(self.recipes, request)))
+        return WorkItem(request, key, self.estimator.estimate(request, recipe))
 
     def plan(
         self,
@@ -136,13 +142,49 @@ def recipe_rules(recipe: RecipeConfig, misfit: str = "") -> RecipeRules:
         negative_prompt=recipe.negative_prompt if recipe.has_guidance else None,
         misfit=misfit,
         honours=frozenset(honours),
+        refusal=partial(_refusal, recipe),
     )
 
 
+def _refusal(recipe: RecipeConfig, overrides: Mapping[str, Any]) -> str:
+    """Why a row's numbers, each of which the recipe honours, do not go together or with it; empty if they do."""
+    try:
+        changed = resolve(recipe, **overrides)
+    except UsageError as error:
+        return f"the row's numbers cannot be honoured by recipe {recipe.name}: {error}"
+    if overrides["negative_prompt"] is not None and not changed.has_guidance:
+        rule = "negative_prompt must be empty where cfg_scale 1 leaves it without effect"
+        return f"{rule}, got {overrides['negative_prompt']!r}; leave one of them empty"
+    return ""
+
+
 def recipe_content(recipe: RecipeConfig) -> dict[str, Any]:
-    """The part of a recipe that changes pixels or sound beyond what the request says already."""
+    """The part of a resolved recipe that changes pixels or sound beyond what the request says already."""
     content: dict[str, Any] = to_plain(recipe)
     for name in _NOT_CONTENT:
         del content[name]
     del content["encode"]["thumbnail_quality"]
+    if not recipe.has_guidance:
+        del content["negative_prompt"]
+    if all(stage.family != "ltx_video" for stage in recipe.stages):
+        # Only decoders of LTX-Video take noise.
+        del content["decode"]["timestep"], content["decode"]["noise_scale"]
     return content
+
+
+def precision_content(precision: PrecisionConfig) -> dict[str, Any]:
+    """The part of a precision that changes pixels or sound."""
+    content = to_plain(precision)
+    del content["name"]
+    if precision.linear != "fp8":
+        del content["keep_first_blocks"], content["keep_last_blocks"]
+    return content
+
+
+def model_content(model: ModelConfig, fingerprint: str) -> dict[str, Any]:
+    """What of a model changes pixels or sound: its files, and the two settings that these do not say."""
+    return {
+        "fingerprint": fingerprint,
+        "text_tokens": model.size.text_tokens,
+        "exchange_timesteps": model.exchange_timesteps,
+    }

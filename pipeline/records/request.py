@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
@@ -49,10 +49,12 @@ class RecipeRules:
     min_side_px: int = 2
     # Text to steer away from; None for a recipe without guidance.
     negative_prompt: str | None = None
-    # Why the job's model cannot follow it; empty if it can.
+    # Why it does not go with the job's model or settings; empty if it does.
     misfit: str = ""
     # Of wishes.OVERRIDE_COLUMNS, those that the recipe has numbers for.
     honours: frozenset[str] = frozenset()
+    # Why it cannot be followed with the numbers and the negative prompt of a row (`Wishes.overrides`); empty if it can.
+    refusal: Callable[[Mapping[str, Any]], str] = lambda overrides: ""
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,15 @@ class RenderRequest:
         return render_shape(PixelShape(self.num_frames, self.height, self.width, self.fps), self.grid_px)
 
     def pixel_content(self) -> dict[str, Any]:
-        """Everything of the request that changes pixels or sound, for the content key (README, "The contract")."""
+        """What of the request changes pixels or sound, for the content key (README, "The contract").
+
+        What the row changes of its recipe is in the recipe as resolved: to say what it says anyway is no change.
+        """
         content = asdict(self)
         for name in ("id", "row_index", "priority", "tags", "recipe", "grid_px"):
             del content[name]
+        for name in self.wishes.overrides():
+            del content["wishes"][name]
         for adapter in content["wishes"]["adapters"]:
             del adapter["uri"]
         return content
@@ -126,7 +133,7 @@ def parse_request(
         problems.append("prompt must not be blank, got an empty one; describe the clip")
     rules = _rules_of(row, recipes, default_recipe, problems)
     width, height = (_side_of(row, name, rules, limits, problems) for name in ("width", "height"))
-    num_frames, fps = _timing_of(row, rules, limits, problems)
+    num_frames, fps = _timing_of(row, rules, limits, problems, has_audio=model.has_audio)
     seed = _whole(row, "seed", INT64_RANGE, problems)
     priority = _whole(row, "priority", INT32_RANGE, problems)
     wishes = wishes_of(
@@ -134,6 +141,7 @@ def parse_request(
         recipe=rules.name,
         negative_prompt=rules.negative_prompt,
         honours=rules.honours,
+        refusal=rules.refusal,
         model=model,
         problems=problems,
     )
@@ -196,7 +204,10 @@ def _rules_of(
         problems.append(f"recipe must be one of {names}, got {name!r}; correct it or leave it empty")
         return recipes[default]
     if recipes[name].misfit:
-        problems.append(f"recipe must suit the job's model, got {name!r}: {recipes[name].misfit}")
+        suiting = ", ".join(sorted(other for other, rules in recipes.items() if not rules.misfit))
+        problems.append(
+            f"recipe must suit the job's model and settings, got {name!r}: {recipes[name].misfit}; use {suiting}"
+        )
     return recipes[name]
 
 
@@ -221,7 +232,7 @@ def _side_of(row: Mapping[str, Any], name: str, rules: RecipeRules, limits: Requ
 
 
 def _timing_of(
-    row: Mapping[str, Any], rules: RecipeRules, limits: RequestLimits, problems: list[str]
+    row: Mapping[str, Any], rules: RecipeRules, limits: RequestLimits, problems: list[str], *, has_audio: bool
 ) -> tuple[int, float]:
     """Frames and frames a second: `num_frames`, or the smallest count on the grid that lasts `duration_s`."""
     before = len(problems)
@@ -253,7 +264,7 @@ def _timing_of(
             f"a clip must last at most {limits.max_duration_s:g} s, got {asked}; raise limits.max_duration_s"
         )
         return rules.num_frames, fps
-    if num_audio_latents(frames, fps) < 1:
+    if has_audio and num_audio_latents(frames, fps) < 1:
         problems.append(
             f"a clip must be long enough for one sound latent (0.02 s), got {frames} frames at {fps:g} fps; add frames"
         )

@@ -41,6 +41,7 @@ class ModelRules:
     # Camera move -> URI of its adapter.
     cameras: Mapping[str, str] = field(default_factory=dict)
     can_enhance: bool = False
+    has_audio: bool = True
     # sha256 of an adapter file that fits the model; a PipelineError says why it cannot be had or does not fit.
     adapter_sha256: Callable[[str], str] = _no_adapters
 
@@ -76,13 +77,14 @@ def wishes_of(
     recipe: str,
     negative_prompt: str | None,
     honours: frozenset[str],
+    refusal: Callable[[Mapping[str, Any]], str],
     model: ModelRules,
     problems: list[str],
 ) -> Wishes:
     """The wishes of `row`; what is wrong with them is added to `problems`.
 
     `negative_prompt` is the recipe's, None if it has no use for one; `honours` are the columns of OVERRIDE_COLUMNS that
-    the recipe has numbers for.
+    the recipe has numbers for, and `refusal` judges the row's values of them together.
     """
     refused = [name for name in TASK_COLUMNS if asks_for_something(row.get(name))]
     refused += [name for name in OVERRIDE_COLUMNS if row.get(name) is not None and name not in honours]
@@ -94,7 +96,7 @@ def wishes_of(
     enhance = row.get("enhance_prompt") is True
     if enhance and not model.can_enhance:
         problems.append("enhance_prompt must be false: the model's text encoder cannot write; leave the column empty")
-    return Wishes(
+    wishes = Wishes(
         negative_prompt=row.get("negative_prompt") or negative_prompt or "",
         num_steps=_steps_of(row, problems) if "num_steps" in honours else None,
         cfg_scale=_scale_of(row, "cfg_scale", problems) if "cfg_scale" in honours else None,
@@ -102,6 +104,10 @@ def wishes_of(
         enhance_prompt=enhance,
         adapters=_adapters_of(row, model, problems),
     )
+    own_negative = None if negative_prompt is None else row.get("negative_prompt") or None
+    if reason := refusal({**wishes.overrides(), "negative_prompt": own_negative}):
+        problems.append(reason)
+    return wishes
 
 
 def _steps_of(row: Mapping[str, Any], problems: list[str]) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.records.request import RenderRequest
 
 # Raised by hand whenever the same request would give other pixels or other sound than before.
-RENDER_REVISION = 2
+RENDER_REVISION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,18 @@ def file_stem(row_id: str, key: str) -> str:
     return f"{safe}.{key[:12]}"
 
 
-def content_key(request: RenderRequest, *, recipe: dict[str, Any], precision: dict[str, Any], fingerprint: str) -> str:
-    """sha256 (64 hex digits) of everything that changes pixels or sound (README, "The contract")."""
+def content_key(
+    request: RenderRequest, *, recipe: dict[str, Any], precision: dict[str, Any], model: dict[str, Any]
+) -> str:
+    """sha256 (64 hex digits) of everything that changes pixels or sound (README, "The contract").
+
+    `recipe` is resolved: with what the request changes of it. `model` has the fingerprint of its files.
+    """
     content = {
         "request": request.pixel_content(),
         "recipe": recipe,
         "precision": precision,
-        "model_fingerprint": fingerprint,
+        "model": model,
         "render_revision": RENDER_REVISION,
     }
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

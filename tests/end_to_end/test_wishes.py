@@ -39,7 +39,7 @@ def test_wishes_are_honoured_and_change_the_clip_or_the_row_is_rejected(
     refused: dict[str, tuple[dict[str, Any], str]] = {
         "steps": ({"num_steps": 4}, "num_steps is not supported by recipe distilled_two_stage, got 4"),
         "negative": ({"negative_prompt": "grey"}, "negative_prompt is not supported by recipe distilled_two_stage"),
-        "family": ({"recipe": "ltxv_one_pass"}, "recipe must suit the job's model, got 'ltxv_one_pass'"),
+        "family": ({"recipe": "ltxv_one_pass"}, "recipe must suit the job's model and settings, got 'ltxv_one"),
         "small": ({"recipe": "draft"}, "width must be at least 128 with recipe draft, got 64; use 128"),
         "move": ({"camera": "pan"}, "camera must be one of dolly-in, got 'pan'"),
         "whose": ({"loras": [{"uri": str(model_folder / "nano.safetensors"), "strength": 1.0}]},

@@ -118,6 +118,16 @@ def test_void_predictions_are_not_computed_at_the_levels_where_they_are_void(sta
     assert sum(counts) == stage.num_samples(SHAPE.num_video_tokens, has_audio=True), "what the planner counts"
 
 
+def test_a_level_that_float32_rounds_down_is_still_at_its_own_bound(start, scene):
+    """0.9094 is 0.90939999 in float32: the step of that level had the guidance of the levels below."""
+    denoiser = Recorder(0.0)
+    guidance = [GuidanceConfig(down_to=0.9094, video=StreamGuidance(cfg=3.0)), GuidanceConfig()]
+    stage = StageConfig(sigmas=[1.0, 0.9094, 0.5, 0.0], guidance=guidance)
+    run(denoiser, start, scene, stage)
+    assert [len(video.sigma_B) for video, _, _ in denoiser.calls] == [2, 2, 1]
+    assert stage.num_samples(SHAPE.num_video_tokens, has_audio=True) == 5, "what the planner counts"
+
+
 def test_the_planner_counts_the_second_looks_of_res_2s(start, scene):
     denoiser = Recorder(0.0)
     stage = StageConfig(sigmas=[1.0, 0.5, 0.0], sampler="res_2s", guidance=[GUIDED])

@@ -15,6 +15,7 @@ from kernels.ops import reference_ops
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.model import PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, StageConfig
+from pipeline.engine import loading
 from pipeline.engine.components.upsampler import compress_range
 from pipeline.engine.decode import CHUNK_FRAMES
 from pipeline.engine.loading import MemoryBudget, load_engine
@@ -401,3 +402,38 @@ def test_statistics_that_no_code_reads_are_no_reason_to_refuse(changed_checkpoin
     unread = ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
     names = [f"vae.per_channel_statistics.{name}" for name in unread]
     load(changed_checkpoint(lambda tensors: tensors.update({name: torch.zeros(16) for name in names})))
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "capability", "message"),
+    [
+        ({}, "cpu", None, "must leave one of the 2 blocks of nano to fp8, got 3 and 3; use smaller ones"),
+        (
+            {"keep_last_blocks": 0, "keep_first_blocks": 1},
+            "cuda",
+            (8, 6),
+            "exact on a GPU below compute capability 8.9",
+        ),
+        (
+            {"keep_last_blocks": 0, "keep_first_blocks": 1},
+            "cuda",
+            (9, 0),
+            "precision.dtype must be bfloat16 with fp8 on a GPU, got checkpoint with weights of torch.float32",
+        ),
+    ],
+)
+def test_fp8_that_cannot_be_is_refused_before_weights_are_read(
+    nano_model, monkeypatch, precision, device, capability, message
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(loading, "load_text_encoder", None)
+    with pytest.raises(UsageError) as caught:
+        settings = PrecisionConfig(linear="fp8", **precision)
+        loading.load_engine(nano_model, settings, device=device, ops=reference_ops())
+    assert message in str(caught.value)
+
+
+def test_fp8_of_one_block_renders_another_clip(nano_model, load, recipe, request_for):
+    in_8_bits = load(nano_model, linear="fp8", keep_first_blocks=1, keep_last_blocks=0)
+    assert not np.array_equal(_render(in_8_bits, recipe, request_for())[0],
+                              _render(load(nano_model), recipe, request_for())[0])  # fmt: skip

@@ -156,7 +156,7 @@ class TestDistilledMultiScale:
 @pytest.mark.parametrize("name", ["ltxv_multi_scale_dev", "ltxv_multi_scale_distilled", "ltxv_one_pass"])
 def test_shipped_recipe_renders_on_a_tiny_model(engine_for, golden, request_for, name):
     """With the last of the tiny model's three blocks where the recipe perturbs those of a published one."""
-    recipe = compose_recipes("render", [])[name]
+    recipe = compose_recipes("render", []).usable[name]
     for stage in recipe.stages:
         for guidance in stage.guidance:
             guidance.stg_blocks = [2 for _ in guidance.stg_blocks]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,13 @@ from pipeline.config.model import DenoiserSize
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.config.schedule import ScheduleConfig
 from pipeline.engine.components.text import TextContext
+from pipeline.engine.components.text_encoder import REWRITE_INSTRUCTIONS, TextEncoder
 from pipeline.engine.denoise import Scene, Texts, denoise
 from pipeline.engine.engine import Brief
 from pipeline.engine.latents import Tokens, seeded_noise
 from pipeline.geometry import PixelShape, latent_shape
 from pipeline.model.checkpoint import CheckpointFile, load_denoiser
-from pipeline.planning.estimate import denoiser_flops
+from pipeline.planning.estimate import REWRITE_READ_TOKENS, REWRITE_WRITTEN_TOKENS, denoiser_flops
 
 NANO_YAML = Path(__file__).resolve().parents[2] / "conf" / "model" / "nano.yaml"
 
@@ -41,6 +44,12 @@ def _count(run):
 def test_planned_flops_of_a_text_token_are_those_of_encoder_and_connectors(engine, planned):
     measured = _count(lambda: engine.text.encode("a red fox")) / planned["text_tokens"]
     assert planned["text_flops_per_token"] == pytest.approx(measured, rel=0.1)
+
+
+def test_planned_tokens_of_an_enhanced_prompt_leave_room_for_the_instructions_and_all_that_is_written():
+    words_and_signs = len(re.findall(r"\w+|[^\w\s]", REWRITE_INSTRUCTIONS))
+    assert words_and_signs + 200 <= REWRITE_READ_TOKENS
+    assert inspect.signature(TextEncoder.rewrite).parameters["max_new_tokens"].default == REWRITE_WRITTEN_TOKENS
 
 
 def test_planned_flops_of_a_pixel_are_those_of_the_video_decoder(engine, planned):

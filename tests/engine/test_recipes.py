@@ -24,7 +24,7 @@ LTX_2 = (
 @pytest.fixture(scope="module")
 def recipes():
     """Every recipe, for the nano model."""
-    return compose_recipes("render", [])
+    return compose_recipes("render", []).usable
 
 
 def composed(name, model):

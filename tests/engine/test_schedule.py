@@ -72,6 +72,16 @@ def test_trap_28_what_is_skipped_at_the_end_is_stepped_over_to_0():
     assert kept == [*levels[2:27], 0.0]
 
 
+@pytest.mark.parametrize("num_tokens", [100_000, 1_000_000, 10_000_000])
+def test_levels_of_very_many_tokens_still_fall(num_tokens):
+    """Near 1 float64 tells no two levels apart from 100,000 tokens on: a long clip at a large size would not move."""
+    levels = ScheduleConfig(num_steps=8, num_tokens=0).levels(num_tokens)
+    assert levels[-2:] == [pytest.approx(0.1), 0.0]
+    # The shift is so large that signals are to each other as t / (1 - t).
+    odds = [i / (8 - i) for i in range(8)]
+    assert levels[:-1] == pytest.approx([1 - 0.9 * odd / odds[-1] for odd in odds], abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

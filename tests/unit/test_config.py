@@ -38,6 +38,7 @@ def refused(*arguments: str) -> str:
         ("recipe.stages=[{sigmas:[1.0,0.0],eta:2}]", "eta must be between 0 and 1, got 2"),
         ("recipe.stages=[{sigmas:[1.0,0.0],family:sd}]", "family must be ltx2 or ltx_video, got 'sd'"),
         ("recipe.stages=[{sigmas:[1.0,0.0],stg_strategy:all}]", "stg_strategy must be one of values, attention"),
+        ("recipe.stages=[{sigmas:[1.0,0.0],stg_strategy:block}]", "stg_strategy must be values in a stage of LTX-2"),
         ("recipe.stages=[{sigmas:[1.0,0.0],sampler:euler_cfg_pp}]", "another one in a stage without cfg"),
         ("recipe.stages=[{sigmas:[1.0,0.0],guidance:[{video:{stg:1.0}}]}]", "stg_blocks must be one block or more"),
         ("recipe.stages=[{sigmas:[1.0,0.0],guidance:[{video:{cfg:-1}}]}]", "guidance.cfg must be a finite number"),
@@ -61,6 +62,11 @@ def test_a_wrong_setting_is_refused_in_one_line(argument: str, message: str) -> 
     assert message in text and "\n" not in text
 
 
+def test_8_bit_products_of_float32_are_refused() -> None:
+    message = "precision.dtype must be checkpoint or bfloat16 with fp8, got 'float32'"
+    assert message in refused("precision=fp8", "precision.dtype=float32")
+
+
 def test_paths_are_taken_as_they_stand() -> None:
     odd = "/data/date=2026-11-20/a b/${x}/{1,2}/%20.parquet"
     job = compose_job(RenderJob, "render", [f"manifest={odd}", f"model.spatial_upscaler={odd}"])
@@ -79,17 +85,72 @@ def test_a_group_member_and_a_setting_compose() -> None:
     assert to_plain(job)["recipe"] == to_plain(job.recipe)
 
 
-def test_a_recipe_file_that_says_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a copied recipe would be estimated and rendered as the one it was copied from."""
+@pytest.fixture
+def recipe_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`conf/recipe/` of a copy that a test may write into."""
     copy = tmp_path / "conf"
     for source in entry.CONF.rglob("*.yaml"):
         target = copy / source.relative_to(entry.CONF)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(source.read_text())
-    (copy / "recipe" / "fast.yaml").write_text((copy / "recipe" / "distilled_two_stage.yaml").read_text())
     monkeypatch.setattr(entry, "CONF", copy)
+    return copy / "recipe"
+
+
+def test_a_recipe_file_that_says_another_name_is_refused(recipe_files: Path) -> None:
+    """Else a copied recipe would be estimated and rendered as the one it was copied from."""
+    (recipe_files / "fast.yaml").write_text((recipe_files / "distilled_two_stage.yaml").read_text())
     with pytest.raises(UsageError, match=r"conf/recipe/fast.yaml must say name: fast, got 'distilled_two_stage'"):
         compose_recipes("render", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name: [fast", "while parsing a flow sequence"),
+        ("- name: fast", "must be keys and values, got a list"),
+        ("name: fast\nstags: []", "stags: Key 'stags' not in 'RecipeConfig'"),
+        ("name: fast\ndefaults: [nothing]", "Could not load 'recipe/nothing'"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named_in_one_line(recipe_files: Path, text: str, reason: str) -> None:
+    (recipe_files / "fast.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"^conf/recipe/fast.yaml must be") as caught:
+        compose_recipes("render", [])
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_broken_file_of_the_jobs_own_recipe_is_refused_in_one_line(recipe_files: Path) -> None:
+    (recipe_files / "distilled_two_stage.yaml").write_text("name: [")
+    assert "distilled_two_stage.yaml" in refused() and "\n" not in refused()
+
+
+def test_a_recipe_may_be_made_of_another_by_a_list_of_defaults(recipe_files: Path) -> None:
+    text = "defaults: [one_stage, _self_]\nname: mine\nnegative_prompt: fog\n"
+    (recipe_files / "mine.yaml").write_text(text)
+    recipes = compose_recipes("render", ["recipe=draft", "recipe.encode.crf=23"]).usable
+    assert (recipes["mine"].negative_prompt, recipes["mine"].encode.crf) == ("fog", 23)
+    assert recipes["mine"].stages == recipes["one_stage"].stages
+
+
+def test_a_path_that_no_override_grammar_takes_is_no_trouble() -> None:
+    odd = ["model.adapters.distilled=/tmp/a (1).safetensors", "model.folder=/a b/(c)"]
+    assert compose_job(RenderJob, "render", odd).model.adapters == {"distilled": "/tmp/a (1).safetensors"}
+    assert not compose_recipes("render", odd).unusable
+
+
+def test_a_setting_that_another_recipe_cannot_take_leaves_that_one_unusable() -> None:
+    arguments = ["recipe=full_two_stage", "recipe.sound_from_stage=2"]
+    assert compose_job(RenderJob, "render", arguments).recipe.sound_from_stage == 2
+    recipes = compose_recipes("render", arguments)
+    assert set(recipes.unusable) == {"draft", "one_stage", "ltxv_one_pass"}
+    assert recipes.unusable["draft"].startswith("recipe.sound_from_stage must be the number of a stage, got 2; use 1")
+    assert recipes.usable["distilled_two_stage"].sound_from_stage == 2
+
+
+def test_a_recipe_is_not_renamed() -> None:
+    with pytest.raises(UsageError, match=r"recipe\.name must be left alone"):
+        compose_recipes("render", ["recipe.name=mine"])
 
 
 def test_help_shows_settings_as_the_arguments_make_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +177,7 @@ def test_guided_recipes_take_what_differs_between_models_from_the_model() -> Non
 
 
 def test_every_recipes_content_can_be_hashed() -> None:
-    recipes = compose_recipes("render", [])
+    recipes = compose_recipes("render", []).usable
     assert len(recipes) >= 9
     for recipe in recipes.values():
         json.dumps(recipe_content(recipe), allow_nan=False)

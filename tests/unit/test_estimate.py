@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -13,6 +14,7 @@ from pipeline.config.schedule import ScheduleConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.geometry import PixelShape, latent_shape
 from pipeline.planning.estimate import Estimator, clip_flops, denoiser_flops, quote
+from pipeline.records.wishes import Wishes
 from tests.unit.makers import parse
 
 FULL = DenoiserSize(48, 4096, 2048, 1024, 2.39e10, 1.266e6)
@@ -37,6 +39,13 @@ def test_a_distilled_1080p_clip_costs_7_3_pflop_of_denoising() -> None:
     total = clip_flops(request, RECIPE, FULL)
     assert (total - 320e12 - 24.5e12) / 1e15 == pytest.approx(7.34, rel=0.005)
     assert FULL.decode_flops_per_pixel * rendered == pytest.approx(320e12, rel=0.001)
+
+
+def test_an_enhanced_prompt_is_read_and_written_at_its_longest() -> None:
+    request = parse(width=768, height=512)
+    enhanced = replace(request, wishes=Wishes(enhance_prompt=True))
+    extra = clip_flops(enhanced, RECIPE, FULL) - clip_flops(request, RECIPE, FULL)
+    assert extra == pytest.approx((512 + 512) * FULL.text_flops_per_token)
 
 
 def test_a_quote_sums_clips_and_prices_the_sum() -> None:

@@ -24,7 +24,7 @@ HONOURED = {
 
 @pytest.fixture(scope="module")
 def recipes() -> dict[str, RecipeConfig]:
-    return compose_recipes("render", [])
+    return compose_recipes("render", []).usable
 
 
 def test_every_recipe_says_which_overrides_it_honours(recipes: dict[str, RecipeConfig]) -> None:

@@ -9,10 +9,27 @@ from typing import Any
 
 import pytest
 
-from jobs.entry import CONF, StageWeightsJob, compose_job
+from jobs.entry import CONF, StageWeightsJob, compose_job, compose_recipes
 from pipeline.config.model import ModelConfig
+from pipeline.config.recipe import misfit
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("ltx*.yaml"))
+LTX2_DISTILLED = {"distilled_two_stage", "distilled_two_stage_short", "draft"}
+LTX2_GUIDED = {"full_two_stage", "full_two_stage_hq", "one_stage"}
+LTXV_GUIDED = {"ltxv_multi_scale_dev", "ltxv_one_pass"}
+# The distilled models of LTX-2 have no distilled adapter to refine with; 28 layers have no block 28.
+SUITING = {
+    "ltx2_19b_dev": LTX2_GUIDED,
+    "ltx2_19b_dev_fp8": LTX2_GUIDED,
+    "ltx2_19b_distilled": LTX2_DISTILLED | {"one_stage"},
+    "ltx2_19b_distilled_fp8": LTX2_DISTILLED | {"one_stage"},
+    "ltx2_3_22b_dev": LTX2_GUIDED,
+    "ltx2_3_22b_distilled": LTX2_DISTILLED | {"one_stage"},
+    "ltxv_13b_dev": LTXV_GUIDED,
+    "ltxv_13b_distilled": LTXV_GUIDED | {"ltxv_multi_scale_distilled"},
+    "ltxv_2b_distilled": {"ltxv_one_pass", "ltxv_multi_scale_distilled"},
+    "nano": LTX2_DISTILLED | LTX2_GUIDED,
+}
 PIXELS = 1920 * 1088 * 121
 
 
@@ -47,7 +64,20 @@ def test_sizes_are_those_of_the_metadata(name: str) -> None:
     assert model.size.num_layers == transformer["num_layers"]
     assert model.size.video_width == transformer["num_attention_heads"] * transformer["attention_head_dim"]
     assert model.size.audio_width == audio_heads * transformer.get("audio_attention_head_dim", 0)
-    assert model.has_audio == (audio_heads > 0)
+    assert model.size.has_audio == (audio_heads > 0)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nano"])
+def test_a_model_takes_the_recipes_that_suit_it(name: str) -> None:
+    """A dev model under a distilled recipe renders mush and ends with exit 0."""
+    recipes = compose_recipes("render", [f"model={name}"]).usable
+    model = model_named(name)
+    assert {recipe for recipe in recipes if not misfit(recipes[recipe], model)} == SUITING[name]
+
+
+def test_a_dev_model_with_a_distilled_recipe_is_told_why() -> None:
+    reason = misfit(compose_recipes("render", []).usable["draft"], model_named("ltx2_19b_dev"))
+    assert reason == "its few noise levels without guidance are for distilled models, ltx2_19b_dev is not one"
 
 
 @pytest.mark.parametrize("name", NAMES)

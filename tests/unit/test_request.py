@@ -101,7 +101,7 @@ def test_tags_become_sorted_pairs_of_text() -> None:
 
 
 def _key(**row: Any) -> str:
-    return content_key(parse(**row), recipe={"stages": [1]}, precision={"name": "exact"}, fingerprint="f")
+    return content_key(parse(**row), recipe={"stages": [1]}, precision={"linear": "exact"}, model={"fingerprint": "f"})
 
 
 def test_the_content_key_is_of_pixels_and_sound_only() -> None:

@@ -26,14 +26,14 @@ def sha256(uri: str) -> str:
 MODEL = ModelRules(cameras={"dolly_in": "cams/in.safetensors"}, can_enhance=True, adapter_sha256=sha256)
 
 
-def parse(**row: Any) -> RenderRequest:
+def parse(model: ModelRules = MODEL, **row: Any) -> RenderRequest:
     return parse_request(
         {"id": "a", "prompt": "a boat", **row},
         row_index=0,
         recipes={"guided": GUIDED, "plain": PLAIN},
         default_recipe="guided",
         limits=RequestLimits(4096, 20.0),
-        model=MODEL,
+        model=model,
     )
 
 
@@ -42,6 +42,10 @@ def problem(**row: Any) -> str:
         parse(**row)
     assert len(caught.value.problems) == 1
     return caught.value.problems[0]
+
+
+def test_a_clip_too_short_for_sound_is_fine_where_there_is_none() -> None:
+    assert parse(ModelRules(has_audio=False), num_frames=1, fps=120.0).num_frames == 1
 
 
 def test_a_guided_recipe_gives_its_negative_prompt_and_a_row_may_give_another() -> None:
@@ -88,12 +92,11 @@ def test_a_wish_that_cannot_be_honoured_is_a_problem_of_the_row(row: dict[str, A
 
 
 def _key(**row: Any) -> str:
-    return content_key(parse(**row), recipe={}, precision={}, fingerprint="f")
+    return content_key(parse(**row), recipe={}, precision={}, model={})
 
 
 def test_wishes_are_part_of_the_content_and_places_of_files_are_not() -> None:
-    changes: list[dict[str, Any]] = [{"negative_prompt": "x"}, {"num_steps": 3}, {"cfg_scale": 2.0}, {"stg_scale": 2.0},
-                                     {"enhance_prompt": True}, {"camera": "dolly_in"}, {"loras": [{"uri": "a"}]},
+    changes: list[dict[str, Any]] = [{"enhance_prompt": True}, {"camera": "dolly_in"}, {"loras": [{"uri": "a"}]},
                                      {"loras": [{"uri": "a", "strength": 0.5}]}]  # fmt: skip
     assert len({_key(), *(_key(**change) for change in changes)}) == len(changes) + 1
     request = parse(loras=[{"uri": "a"}])
