@@ -105,13 +105,20 @@ def _write(path: Path, layout: Any, metadata: dict[str, str]) -> None:
 
 
 def _write_text_encoder(folder: Path, name: str) -> None:
-    """A text encoder of the published architecture, with the nano model's tokenizer. T5 has two folders in one."""
+    """A text encoder of the published architecture, with the nano model's tokenizer. T5 has two folders in one.
+
+    Made beside `folder` and renamed; a folder with anything in it stays as it is, since it may be a real model's.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        sys.stderr.write(f"{folder} is there and stays\n")
+        return
     from pipeline.engine.nano import TEXT_ENCODER, build_nano
     from pipeline.engine.random_weights import layout_of
 
     facts = json.loads((CONF / "published" / f"{name}.json").read_text())
     is_t5 = facts["config"]["model_type"] == "t5"
-    weights, words = (folder / "text_encoder", folder / "tokenizer") if is_t5 else (folder, folder)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    weights, words = (unfinished / "text_encoder", unfinished / "tokenizer") if is_t5 else (unfinished, unfinished)
     _write(weights / "model.safetensors", layout_of(facts["tensors"]), {"format": "pt"})
     (weights / "config.json").write_text(json.dumps(facts["config"], indent=2))
     words.mkdir(exist_ok=True)
@@ -119,6 +126,7 @@ def _write_text_encoder(folder: Path, name: str) -> None:
         build_nano(Path(nano))
         for file in (Path(nano) / TEXT_ENCODER).glob("tokenizer*"):
             shutil.copy(file, words / file.name)
+    unfinished.rename(folder)
 
 
 def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
@@ -142,7 +150,7 @@ def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
         return done.returncode
     row = rows[0]
     load_s = sum(entry.gpu_seconds for entry in read_ledger(store, run_id) if entry.state == "weight_load")
-    num_bytes = staged_bytes(job.model.folder, job.model.name)
+    num_bytes = staged_bytes(job.model.folder, job.model.name, job.model.parts().values())
     measured = {
         "at": now.isoformat(timespec="seconds"),
         "what": "clip",

@@ -13,14 +13,14 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.entry import StageWeightsJob, compose_job, run_job
 from pipeline.config.model import ModelConfig
 from pipeline.storage.filesystem import is_local, local_path
 from pipeline.storage.hub import fetch, list_source, repository_of
-from pipeline.storage.models import copy_to, stage
+from pipeline.storage.models import Files, copy_to, stage, staged_files
 
 TERMINAL_EVERY_S = 0.25
 LOG_EVERY_S = 5.0
@@ -31,12 +31,28 @@ def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
 
     `extras` are the adapters (name -> file) to place as well; those that are there stay in the books.
     """
-    if not is_local(model.folder):
-        return _stage_in_bucket(model, extras)
-    folder, parts = local_path(model.folder), model.parts()
-    wanted = _wanted(model, {**parts, **extras})
+    if is_local(model.folder):
+        return _stage_in(local_path(model.folder), model, extras, {})
+    # Through a folder of this node that is kept until all is there, so that a killed staging goes on.
+    folder = Path(model.cache).expanduser() / "staging" / model.name
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = staged_files(model.folder, model.name, {*model.parts().values(), *model.extras().values()})
+    fingerprint = _stage_in(folder, model, extras, kept)
+    copy_to(model.folder, folder)
+    shutil.rmtree(folder)
+    return fingerprint
+
+
+def _stage_in(folder: Path, model: ModelConfig, extras: Mapping[str, str], kept: Mapping[str, Files]) -> str:
+    """Place and hash in `folder` what is not in `kept`, which lies where the model is going to."""
+
+    def absent(names: Mapping[str, str]) -> dict[str, str]:
+        return {name: file for name, file in names.items() if file not in kept and not (folder / file).exists()}
+
+    parts = model.parts()
     known: dict[str, str] = {}
-    if model.built_here and not all((folder / name).exists() for name in {**parts, **model.extras()}.values()):
+    wanted = _wanted(model, {name: file for name, file in {**parts, **extras}.items() if file not in kept})
+    if model.built_here and absent({**parts, **model.extras()}):
         # Torch loads only where it is needed: staging published files is hashing.
         from pipeline.engine.nano import build_nano
 
@@ -46,8 +62,8 @@ def stage_model(model: ModelConfig, extras: Mapping[str, str]) -> str:
         sys.stderr.write(f"fetching {model.name} into {folder}; licence: {model.license}\n")
         progress = Progress()
         known = fetch(folder, wanted, on_start=progress.start, on_bytes=progress.add)
-    present = {name: file for name, file in model.extras().items() if (folder / file).exists()}
-    return stage(folder, model.name, parts, {**present, **extras}, known)
+    present = {name: file for name, file in model.extras().items() if not absent({name: file})}
+    return stage(folder, model.name, parts, {**present, **extras}, known, kept)
 
 
 def list_files(model: ModelConfig) -> str:
@@ -110,16 +126,6 @@ def _size(num_bytes: int) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
     return f"{num_bytes} B"
-
-
-def _stage_in_bucket(model: ModelConfig, extras: Mapping[str, str]) -> str:
-    """Through a folder of this node that is kept until all is there, so that a killed staging goes on."""
-    folder = Path(model.cache).expanduser() / "staging" / model.name
-    folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = stage_model(replace(model, folder=str(folder)), extras)
-    copy_to(model.folder, folder)
-    shutil.rmtree(folder)
-    return fingerprint
 
 
 def main(argv: list[str]) -> int:

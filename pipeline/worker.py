@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.config.recipe import RecipeConfig, resolve
 from pipeline.cost.meter import Meter
 from pipeline.engine.engine import RenderEngine
-from pipeline.errors import EngineFault, PipelineError, fault_of
+from pipeline.errors import EngineFault, InvalidRequest, PipelineError, UsageError, fault_of
 from pipeline.media.mux import EncodeSettings, write_clip
 from pipeline.media.probe import ClipFacts, check_clip, probe_clip
 from pipeline.media.thumbnail import write_thumbnail
@@ -138,7 +138,7 @@ class ClipWorker:
         request, clip = item.request, self.recipes[item.request.recipe]
         video, thumbnail = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg"))
         self.take_peak_gpu_bytes()
-        adapters = [(local_adapter(use.uri, use.sha256, self.cache), use.strength) for use in request.wishes.adapters]
+        adapters = self._own_adapters(item)
         recipe = resolve(clip.recipe, **request.wishes.overrides())
         streams = self.engine.render(request, recipe, attempt.enter, adapters)
         sample_rate_hz = streams.sample_rate_hz or 0
@@ -175,6 +175,17 @@ class ClipWorker:
                 self.store.discard(poster)
             rendered = _adopting(rendered, standing)
         return replace(rendered, timings=attempt.timings(written.encode_busy_s), finished_ns=self.now_ns())
+
+    def _own_adapters(self, item: WorkItem) -> list[tuple[Path, float]]:
+        """The row's own adapters (file, strength). What is wrong with them is wrong with the row, not with the job."""
+        uses = item.request.wishes.adapters
+        try:
+            adapters = [(local_adapter(use.uri, use.sha256, self.cache), use.strength) for use in uses]
+            if adapters:
+                self.engine.fused.check(adapters)
+        except UsageError as error:
+            raise InvalidRequest((f"loras and camera must be adapters that fit the model: {error}",)) from error
+        return adapters
 
     def _checked(self, video: Path, item: WorkItem, sample_rate_hz: int) -> ClipFacts:
         """The facts read back from a file that is exactly what was asked for; EngineFault if it is not."""

@@ -44,6 +44,7 @@ from pipeline.records.wishes import ModelRules
 from pipeline.report.rebuild import rebuild
 from pipeline.storage.adapters import AdapterShelf
 from pipeline.storage.assets import AssetStore, RunningIndex
+from pipeline.storage.filesystem import is_local, join, size_of
 from pipeline.storage.manifest import Manifest, open_manifest
 from pipeline.storage.models import NOT_STAGED, staged_hashes
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
@@ -86,14 +87,30 @@ def planner(job: RenderJob, recipes: Recipes, fingerprint: str) -> Planner:
 def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
     """What the planner is told of the model. Of one that is not staged here no file can be looked at."""
     folder = model.folder.rstrip("/")
-    shelf = AdapterShelf(f"{folder}/{model.checkpoint}", staged_hashes(model.folder, model.name) if is_staged else {})
+    staged = staged_hashes(model.folder, model.name) if is_staged else {}
+    shelf = AdapterShelf(join(folder, model.checkpoint), staged)
+    extras = {join(folder, file): name for name, file in model.extras().items()}
+
+    def require_staged(uri: str) -> None:
+        way_out = f"run: python -m jobs.stage_weights model={model.name} extras=[{extras[uri]}] model.folder={folder}"
+        if uri not in staged:
+            raise UsageError(f"{extras[uri]} is not staged; {way_out}")
 
     def sha256(uri: str) -> str:
-        return shelf.sha256(uri) if is_staged or not uri.startswith(folder) else NOT_STAGED
+        if not is_staged and (uri in extras or uri.startswith(f"{folder}/")):
+            return f"{NOT_STAGED}: {uri}"
+        if uri in extras and size_of(uri) is None:
+            require_staged(uri)
+        return shelf.sha256(uri)
 
     def adapters_of(recipe: RecipeConfig) -> dict[str, str]:
         names = sorted({stage.adapter for stage in recipe.stages} - {""})
-        return {name: sha256(f"{folder}/{model.adapters[name]}") for name in names}
+        uris = {name: join(folder, model.adapters[name]) for name in names}
+        for uri in uris.values():
+            # A row's adapter is fetched by its URI, a recipe's comes with the model: of a bucket, what was staged.
+            if is_staged and not is_local(uri):
+                require_staged(uri)
+        return {name: sha256(uri) for name, uri in uris.items()}
 
     def misfit_of(recipe: RecipeConfig) -> str:
         reason = misfit(recipe, model)
@@ -104,7 +121,7 @@ def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
             reason = f"its adapter cannot be used: {error}"
         return reason
 
-    cameras = {move: f"{folder}/{file}" for move, file in model.cameras.items()}
+    cameras = {move: join(folder, file) for move, file in model.cameras.items()}
     rules = ModelRules(cameras, model.can_enhance, model.size.has_audio, sha256)
     return {"rules": rules, "misfit": misfit_of, "adapters_of": adapters_of}
 

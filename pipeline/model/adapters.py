@@ -64,8 +64,7 @@ class FusedAdapters:
         wanted = tuple(Adapter(Path(path), float(strength)) for path, strength in adapters)
         if wanted == self._fused:
             return
-        shapes = {stored: self._denoiser.get_parameter(place).shape for stored, place in self._places.items()}
-        opened = [_AdapterFile(adapter, shapes) for adapter in wanted]
+        opened = self._opened(wanted)
         touched = {stored for adapter in opened for stored in adapter.factors}
         # Until all is done the weights are of no known set, and whatever was touched has to be written again.
         self._fused, self._touched = None, self._touched | touched
@@ -73,6 +72,14 @@ class FusedAdapters:
             self._write(stored, [adapter for adapter in opened if stored in adapter.factors])
         self._fused, self._touched = wanted, touched
         self.num_fusions += 1
+
+    def check(self, adapters: Sequence[tuple[str | Path, float]]) -> None:
+        """Raise what `use` would for these files, without a change to the weights. Reads their headers only."""
+        self._opened(tuple(Adapter(Path(path), float(strength)) for path, strength in adapters))
+
+    def _opened(self, adapters: tuple[Adapter, ...]) -> list[_AdapterFile]:
+        shapes = {stored: self._denoiser.get_parameter(place).shape for stored, place in self._places.items()}
+        return [_AdapterFile(adapter, shapes) for adapter in adapters]
 
     def _write(self, stored: str, adapters: list[_AdapterFile]) -> None:
         place = self._places[stored]

@@ -38,6 +38,11 @@ def local_path(uri: str) -> Path:
     return Path(os.path.abspath(Path(uri).expanduser()))  # noqa: PTH100 - resolves `..`, which absolute() keeps
 
 
+def join(folder: str, name: str) -> str:
+    """A file's URI from its name relative to `folder`; an absolute path and a URI stay as they are."""
+    return name if "://" in name or name.startswith("/") else f"{folder.rstrip('/')}/{name}"
+
+
 def storage_error(error: OSError, doing: str) -> PipelineError:
     """Our error for an operating system's: a full disk, or a store that may recover."""
     if error.errno in FULL_DISK_ERRNOS:

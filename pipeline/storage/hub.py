@@ -1,7 +1,8 @@
 """Sources of model files (a hub's repository, a bucket, a folder) and a copy of them that resumes and is checked.
 
 All of them are file systems of fsspec; `hf://` is brought by huggingface_hub, which honours HF_ENDPOINT and HF_TOKEN.
-A part appears under its name whole or not at all: until then it grows in `.fetch/`, where a killed fetch goes on.
+A part appears under its name whole and checked or not at all: until then it grows in `.fetch/`, where a killed fetch
+goes on.
 """
 
 from __future__ import annotations
@@ -11,20 +12,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
 from pipeline.storage.filesystem import FULL_DISK_ERRNOS, filesystem_of, storage_error
-from pipeline.storage.models import LOCK
+from pipeline.storage.models import LOCK, UNFINISHED
 
 # Bytes asked for at once: large enough that neither a request's latency nor the hub's limit on requests counts, small
 # enough to lose and to hold.
 CHUNK_BYTES = 64 << 20
-UNFINISHED = ".fetch"
 HUB = "hf://"
 # Of no use to a loader, and edited long after the weights are published.
 _IGNORED = (".gitattributes", ".md")
@@ -80,27 +80,30 @@ def repository_of(uri: str) -> str:
 
 
 def fetch(folder: Path, wanted: Mapping[str, str], *, on_start: OnStart, on_bytes: OnBytes) -> dict[str, str]:
-    """Copy the sources of `wanted` (path relative to `folder` -> URI) that `folder` lacks, one process at a time.
+    """Copy the sources of `wanted` (path -> URI) that are not there yet, one process at a time.
 
-    `on_start` is told the bytes in all and how many of them an earlier fetch left; `on_bytes` each number that came.
-    Returns the sha256 of each fetched file by its path relative to `folder`. Raises UsageError where a source is
-    missing or closed to us, StorageFull before anything is fetched if the disk is too small, StorageUnavailable if the
+    Paths are relative to `folder` unless absolute; what is fetched to an absolute one grows beside it. `on_start` is
+    told the bytes in all and how many of them an earlier fetch left; `on_bytes` each number that came. Returns the
+    sha256 of each fetched file by its path, relative where that of `wanted` is. Raises UsageError where a source is
+    missing or closed to us, StorageFull before anything is fetched if a disk is too small, StorageUnavailable if the
     source fails or the bytes are not those that its hash says.
     """
-    with _alone(folder):
+    with ExitStack() as held:
+        roots = {folder, *(_root(folder, path) for path in wanted if not (folder / path).exists())}
+        for root in sorted(roots):  # in one order, so that no two wait for each other
+            held.enter_context(_alone(root))
         lacking = {path: list_source(uri) for path, uri in wanted.items() if not (folder / path).exists()}
         lacking = {path: [f for f in files if not f.name.endswith(_IGNORED)] for path, files in lacking.items()}
         for files in lacking.values():
             _require_open(files[0])
-        places = [(folder / UNFINISHED / path / file.name, file) for path, files in lacking.items() for file in files]
+        places = [(_unfinished(folder, path) / file.name, file) for path, files in lacking.items() for file in files]
         there = sum(min(_size(place), file.size_bytes) for place, file in places)
-        total = sum(file.size_bytes for _, file in places)
-        _require_space(folder, total - there)
+        _require_space(roots, places)
         if lacking:
-            on_start(total, there)
+            on_start(sum(file.size_bytes for _, file in places), there)
         hashes = {}
         for path, files in lacking.items():
-            unfinished = folder / UNFINISHED / path
+            unfinished = _unfinished(folder, path)
             for file in files:
                 relative = str(Path(path) / file.name)
                 hashes[relative] = _fetch_file(file, unfinished / file.name, on_bytes)
@@ -108,8 +111,17 @@ def fetch(folder: Path, wanted: Mapping[str, str], *, on_start: OnStart, on_byte
             unfinished.rename(folder / path)
             with suppress(OSError):  # what another model's fetch left unfinished stays
                 unfinished.parent.rmdir()
-                (folder / UNFINISHED).rmdir()
+                (_root(folder, path) / UNFINISHED).rmdir()
     return hashes
+
+
+def _root(folder: Path, path: str) -> Path:
+    """Where the lock and the unfinished copy of `path` are: on the disk that it will lie on."""
+    return Path(path).parent if Path(path).is_absolute() else folder
+
+
+def _unfinished(folder: Path, path: str) -> Path:
+    return _root(folder, path) / UNFINISHED / (Path(path).name if Path(path).is_absolute() else path)
 
 
 def _fetch_file(file: SourceFile, place: Path, on_bytes: OnBytes) -> str:
@@ -169,13 +181,20 @@ def _require_open(file: SourceFile) -> None:
                 stream.read(1)
 
 
-def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageFull(
-            f"{folder} must have {needed / 1e9:.1f} GB free for the files to fetch, got {free / 1e9:.1f} GB; free "
-            "space, or choose another disk with model.folder="
-        )
+def _require_space(roots: Collection[Path], places: Iterable[tuple[Path, SourceFile]]) -> None:
+    """StorageFull if what is still to come does not fit the disks of `roots`, each of which holds some of `places`."""
+    by_disk = {root.stat().st_dev: root for root in roots}
+    needed = dict.fromkeys(by_disk, 0)
+    for place, file in places:
+        root = next(root for root in roots if place.is_relative_to(root / UNFINISHED))
+        needed[root.stat().st_dev] += max(file.size_bytes - _size(place), 0)
+    for disk, root in by_disk.items():
+        free = shutil.disk_usage(root).free
+        if needed[disk] > free:
+            raise StorageFull(
+                f"{root} must have {needed[disk] / 1e9:.1f} GB free for the files to fetch, got {free / 1e9:.1f} GB; "
+                "free space, or choose another disk with model.folder="
+            )
 
 
 def _sidecar_hashes(fs: Any, path: str) -> dict[str, str]:

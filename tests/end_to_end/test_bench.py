@@ -28,6 +28,10 @@ def test_a_clip_adds_a_dated_row_with_hardware_and_versions(model_folder: Path, 
     assert row["model"] == "nano" and row["arguments"] == ["recipe.encode.crf=30"]
     assert (row["width"], row["height"], row["num_frames"]) == (64, 64, 9)
     assert row["load_s"] > 0 and row["load_gb_per_s"] > 0 and row["wall_s"] >= row["denoise_s"] > 0
+    files = json.loads((model_folder / "fingerprint.nano.json").read_text())["files"]
+    extras = {name for name in files if "lora" in name}
+    loaded = sum(facts["size_bytes"] for name, facts in files.items() if name not in extras)
+    assert len(extras) == 2 and row["load_gb"] == loaded / 1e9, "adapters are staged and not loaded"
     assert row["peak_gpu_memory_bytes"] is None
     assert 100e6 < row["peak_host_memory_bytes"] < 100e9
     assert row["versions"]["torch"] and row["hardware"]["num_cpus"] >= 1
@@ -79,6 +83,15 @@ def test_written_files_are_staged_and_render(
                        f"results={tmp_path / 'results'}", "cluster=in_process")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "results" / "clip.jsonl").read_text())["playable"]
+
+
+@pytest.mark.parametrize("real", ["model-00001-of-00002.safetensors", "config.json", "text_encoder/config.json"])
+def test_a_text_encoder_that_is_there_is_never_written_to(tmp_path: Path, real: str) -> None:
+    (tmp_path / real).parent.mkdir(exist_ok=True)
+    (tmp_path / real).write_bytes(b"a licensed file")
+    jobs.bench._write_text_encoder(tmp_path, "gemma-3-12b")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / real]
+    assert (tmp_path / real).read_bytes() == b"a licensed file"
 
 
 def test_a_written_t5_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

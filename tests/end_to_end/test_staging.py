@@ -9,13 +9,17 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from pipeline.storage.hub import CHUNK_BYTES
+from pipeline.errors import UsageError
+from pipeline.storage.hub import CHUNK_BYTES, fetch
+from pipeline.storage.models import fingerprint, local_copy
+from pipeline.storage.models import stage as stage_files
 from tests.end_to_end.conftest import ROOT, command, run_command
 from tests.end_to_end.hub_server import Hub, serve
 from tests.end_to_end.test_bad_input import assert_refused
@@ -213,6 +217,79 @@ def test_a_published_model_goes_straight_into_a_bucket(hub: Hub, bucket: str, tm
              fsspec.filesystem("s3", use_listings_cache=False).find(f"{bucket}/m")}  # fmt: skip
     facts = json.loads(fsspec.filesystem("s3").cat(f"{bucket}/m/fingerprint.{OURS}.json"))
     assert files == {*facts["files"], f"fingerprint.{OURS}.json"}, "nothing else, such as a lock"
+
+
+def test_staging_into_a_bucket_again_brings_only_what_is_missing(hub: Hub, bucket: str, tmp_path: Path) -> None:
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+
+    def staged(*extras: str) -> tuple[str, dict, dict[str, object], set[str]]:
+        hub.asked.clear()
+        done = run_command("stage_weights", f"model={OURS}", f"model.folder={bucket}/m", f"model.cache={tmp_path}",
+                           f"extras=[{','.join(extras)}]")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        facts = json.loads(fs.cat(f"{bucket}/m/fingerprint.{OURS}.json"))
+        there = fs.find(f"{bucket}/m", detail=True)
+        return done.stdout, facts, {name: info["LastModified"] for name, info in there.items()}, {
+            path for path, _, _ in hub.asked}  # fmt: skip
+
+    first, facts, _, _ = staged()
+    _, with_static, before, asked = staged("static")
+    assert asked == {STATIC} and with_static["files"].keys() - facts["files"].keys() == {STATIC}
+    checkpoint = f"{bucket.removeprefix('s3://')}/m/{CHECKPOINT}"
+    again, kept, after, asked = staged()
+    assert (again, kept, asked) == (first, with_static, set()), "an adapter that is there stays in the books"
+    time.sleep(1.1)  # S3 tells seconds
+    fs.pipe_file(checkpoint, b"cut short")
+    healed, mended, last, asked = staged()
+    assert asked == {CHECKPOINT} and (healed, mended) == (first, kept)
+    assert {name for name in after if after[name] != last[name]} == {
+        checkpoint,
+        checkpoint.replace(CHECKPOINT, f"fingerprint.{OURS}.json"),
+    }
+    assert after.keys() == before.keys()
+
+
+def test_models_share_a_text_encoder_that_lies_elsewhere(hub: Hub, bucket: str, tmp_path: Path) -> None:
+    shared = tmp_path / "shared" / "gemma"
+    elsewhere = f"model.text_encoder={shared}"
+    hub.stated = {"tokenizer.json": {"git": "0" * 40}}
+    spoilt = stage(tmp_path / "first", elsewhere)
+    assert spoilt.returncode == 6 and not shared.exists(), "nothing has its name before its hash is checked"
+    hub.stated = {}
+    first = stage(tmp_path / "first", elsewhere)
+    assert first.returncode == 0, first.stderr
+    assert (shared / "tokenizer.json").read_bytes() == hub.repositories[GEMMA]["tokenizer.json"]
+    assert placed(tmp_path / "first") == {CHECKPOINT, UPSCALER}
+    assert placed(tmp_path / "shared") == {f"gemma/{name}" for name in hub.repositories[GEMMA]
+                                           if name not in ("README.md", ".gitattributes")}  # fmt: skip
+    hub.asked.clear()
+    second = stage(tmp_path / "second", elsewhere)
+    assert second.returncode == 0, second.stderr
+    assert not any(path.startswith("model-") for path, _, _ in hub.asked), "the encoder is there already"
+    beside = stage(tmp_path / "third")
+    assert len({done.stdout.split()[-1] for done in (first, second, beside)}) == 1, "where files lie is no part of it"
+    assert fingerprint(str(tmp_path / "second"), OURS) == second.stdout.split()[-1]
+    there = run_command("stage_weights", f"model={OURS}", f"model.folder={bucket}/m", f"model.cache={tmp_path / 'c'}",
+                        elsewhere)  # fmt: skip
+    assert there.returncode == 0, there.stderr
+    copy = local_copy(f"{bucket}/m", OURS, tmp_path / "c")
+    assert placed(copy) == {CHECKPOINT, UPSCALER}
+    (shared / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match=f"changed or missing: {shared}/tokenizer.json"):
+        fingerprint(str(tmp_path / "first"), OURS)
+
+
+def test_a_part_in_two_folders_is_the_same_wherever_it_is_fetched_to(tmp_path: Path) -> None:
+    for name in ("text_encoder", "tokenizer"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        (tmp_path / "source" / name / "file").write_text(name)
+    prints = set()
+    for t5 in ("t5", str(tmp_path / "shared" / "t5")):
+        wanted = {f"{t5}/{name}": str(tmp_path / "source" / name) for name in ("text_encoder", "tokenizer")}
+        known = fetch(tmp_path / "model", wanted, on_start=lambda total, there: None, on_bytes=lambda count: None)
+        assert known.keys() == {f"{name}/file" for name in wanted}
+        prints.add(stage_files(tmp_path / "model", "m", {"text_encoder": t5}, {}, {}))
+    assert len(prints) == 1, "a fetch's lock is none of the part's files"
 
 
 def test_parts_come_from_a_folder_of_this_machine(hub: Hub, tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from tests.end_to_end.checker import results_of, runs_of
-from tests.end_to_end.conftest import CLIP, Render
+from tests.end_to_end.conftest import CLIP, Render, run_command
 
 Manifest = Callable[[list[dict[str, Any]]], Path]
 
@@ -58,6 +62,59 @@ def test_wishes_are_honoured_and_change_the_clip_or_the_row_is_rejected(
     skipped = {row["id"]: row for row in results_of(runs_of(tmp_path / "out")[-1])}
     assert {skipped[name]["status"] for name in wishes} == {"skipped"}
     assert skipped["enhanced"]["prompt"] == found["enhanced"]["prompt"]
+
+
+def test_a_lora_that_only_the_worker_finds_broken_sets_its_row_aside(
+    render: Render, manifest: Manifest, model_folder: Path, tmp_path: Path
+) -> None:
+    """Of a header that contradicts itself the plan sees names, shapes and the size of the file, which all fit."""
+    content = (model_folder / "nano-distilled-lora.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    first = next(entry for name, entry in header.items() if name != "__metadata__")
+    first["data_offsets"] = [first["data_offsets"][0], first["data_offsets"][1] - 2]
+    (tmp_path / "a.safetensors").write_bytes(
+        content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + content[8 + length :]
+    )
+    rows = [{"id": "bad", "loras": [{"uri": str(tmp_path / "a.safetensors")}]}, {"id": "good"}]
+    done = render(manifest([{"prompt": "a boat", **CLIP, **row} for row in rows]))
+    assert done.returncode == 3, done.stderr
+    found = {row["id"]: row for row in results_of(runs_of(tmp_path / "out")[0])}
+    assert [found[id]["status"] for id in ("bad", "good")] == ["failed", "rendered"]
+    assert (found["bad"]["error_class"], found["bad"]["attempts"]) == ("InvalidRequest", 1)
+    assert "loras and camera must be adapters that fit the model: " in found["bad"]["error_message"]
+    assert "must be a complete safetensors file" in found["bad"]["error_message"]
+
+
+def test_rows_for_adapters_that_were_never_staged_are_told_the_command(
+    manifest: Manifest, model_folder: Path, tmp_path: Path, bucket: str
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(model_folder, folder)
+    sidecar = json.loads((folder / "fingerprint.nano.json").read_text())
+    for name in ("nano-distilled-lora.safetensors", "nano-lora-camera-control-dolly-in.safetensors"):
+        (folder / name).unlink()
+        del sidecar["files"][name]
+    (folder / "fingerprint.nano.json").write_text(json.dumps(sidecar))
+    fsspec.filesystem("s3").put(f"{folder}/", f"{bucket}/m/", recursive=True)
+    rows = [{"camera": "dolly-in"}, {"recipe": "full_two_stage"}]
+    path = manifest([{"id": f"row-{i}", "prompt": "a boat", **CLIP, **row} for i, row in enumerate(rows)])
+    for where in (str(folder), f"{bucket}/m"):
+        done = run_command("estimate", f"manifest={path}", f"output={tmp_path / 'out'}", f"model.folder={where}")
+        assert done.returncode == 3, done.stderr
+        for name in ("dolly-in", "distilled"):
+            way_out = f"run: python -m jobs.stage_weights model=nano extras=[{name}] model.folder={where}"
+            assert f"{name} is not staged; {way_out}" in done.stdout, done.stdout
+
+
+def test_an_estimate_without_the_model_tells_rows_with_other_adapters_apart(manifest: Manifest, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    rows = [{}, {"camera": "dolly-in"}, *({"loras": [{"uri": f"{folder}{name}"}]} for name in ("/a", "/b", "-else/a"))]
+    path = manifest([{"id": f"row-{i}", "prompt": "a boat", "seed": 1, **CLIP, **row} for i, row in enumerate(rows)])
+    done = run_command("estimate", f"manifest={path}", f"output={tmp_path / 'out'}", f"model.folder={folder}")
+    assert done.returncode == 3, done.stderr
+    assert "to render 4 (and 0 rows that share" in done.stdout, done.stdout
+    assert f"got '{folder}-else/a': {folder}-else/a must be readable" in done.stdout, "not of the model's folder"
 
 
 def test_a_job_whose_recipe_the_model_cannot_follow_is_refused_before_anything_is_built(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from pipeline.storage.adapters import local_adapter
 from pipeline.storage.models import PART_PREFIX, local_copy, stage
 from pipeline.storage.object_store import SCRATCH_PREFIX, ObjectStore
 from pipeline.storage.processes import start_ticks, writer, writer_is_gone
@@ -67,3 +69,14 @@ def test_parts_of_a_killed_fetch_of_a_model_are_removed_by_the_next(bucket: str,
     assert local_copy(f"{bucket}/m", "m", tmp_path / "cache") == target
     assert (target / "weights").read_bytes() == b"weights"
     assert {name: (target / f"{PART_PREFIX}{name}").exists() for name in parts} == parts
+
+
+def test_parts_of_a_killed_fetch_of_an_adapter_are_removed_by_the_next(bucket: str, dead: str, tmp_path: Path) -> None:
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/a.safetensors", b"weights")
+    cache = tmp_path / "adapters"
+    cache.mkdir()
+    left, growing = (cache / f"{PART_PREFIX}{name}" for name in (f"{dead}-a", f"{writer()}-b"))
+    for part in (left, growing):
+        part.write_bytes(b"wei")
+    copy = local_adapter(f"{bucket}/a.safetensors", hashlib.sha256(b"weights").hexdigest(), tmp_path)
+    assert {*cache.iterdir()} == {copy, growing}
