@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu check format clean
+.PHONY: help setup demo test chaos test-unit test-gpu check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -34,6 +34,9 @@ demo: setup ## render the sample manifest with the nano model on this machine, o
 
 test: setup ## run the whole CPU test suite, fast tests first
 	$(BIN)/python -m pytest -m "not multi_gpu and not long" tests/test_architecture.py tests/test_fixtures.py tests/unit tests/storage tests/model tests/engine tests/cluster tests/end_to_end tests/submit $(ARGS)
+
+chaos: setup ## kill drivers and workers, ten of each on a disk and in a bucket; CHAOS_SEED picks the moments
+	$(BIN)/python -m pytest -m long tests/end_to_end/test_ray_kills.py $(ARGS)
 
 test-unit: setup ## run the unit tests only
 	$(BIN)/python -m pytest tests/test_architecture.py tests/unit $(ARGS)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import signal
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,9 +9,7 @@ import fsspec
 import pytest
 
 from tests.end_to_end.checker import check_output, check_report_opens, results_of, runs_of
-from tests.end_to_end.conftest import ROOT, Site, command, run_command
-
-NUM_KILLS = 4
+from tests.end_to_end.conftest import ROOT, Site, run_command
 
 
 @pytest.fixture
@@ -43,24 +38,6 @@ def test_everything_in_a_bucket_can_be_fetched_and_read_and_is_done_once(
     assert {row["status"] for row in results_of(runs_of(there.output(tmp_path / "copy2"))[-1])} == {"skipped"}
     report = run_command("report", f"run={bucket}/out/runs/{runs_of(copy)[0].name}")
     assert report.returncode == 0 and "6 rendered" in report.stdout
-
-
-def test_kills_at_random_moments_lose_and_repeat_nothing_in_a_bucket(
-    arguments: tuple[str, ...], bucket: str, there: Site, tmp_path: Path
-) -> None:
-    generator = random.Random(20261120)
-    for _ in range(NUM_KILLS):
-        process = subprocess.Popen(command("render", *arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(generator.uniform(2.0, 6.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.wait()
-        assert process.returncode in (0, -signal.SIGKILL)
-    done = run_command("render", *arguments)
-    assert done.returncode == 0, done.stderr
-    check_output(there.output(tmp_path / "copy"), [f"clip-{i}" for i in range(6)])
-    assert fsspec.filesystem("s3").list_multipart_uploads(bucket.removeprefix("s3://")) == []
 
 
 def replaced(arguments: Sequence[str], **settings: str) -> list[str]:
