@@ -19,7 +19,7 @@ from tests import golden
 SHAPES = json.loads(golden.read("coords")["latent_shapes.json"])
 
 
-def test_latent_shapes_equal_the_reference() -> None:
+def test_trap_21_latent_shapes_equal_the_reference() -> None:
     checked = 0
     for case in SHAPES:
         if case["height"] % 32 or case["width"] % 32 or (case["frames"] - 1) % 8:
