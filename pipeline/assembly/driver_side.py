@@ -99,9 +99,13 @@ def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
     def sha256(uri: str) -> str:
         if not is_staged and (uri in extras or uri.startswith(f"{folder}/")):
             return f"{NOT_STAGED}: {uri}"
-        if uri in extras and size_of(uri) is None:
-            require_staged(uri)
-        return shelf.sha256(uri)
+        try:
+            # Asked for every row: the shelf looks at each file once, so what lies beyond it waits for a failure.
+            return shelf.sha256(uri)
+        except PipelineError:
+            if uri in extras and size_of(uri) is None:
+                require_staged(uri)
+            raise
 
     def adapters_of(recipe: RecipeConfig) -> dict[str, str]:
         names = sorted({stage.adapter for stage in recipe.stages} - {""})
