@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.latents import Tokens, keyframe_positions, patchify_video, video_positions
-from pipeline.geometry import LatentShape
+from pipeline.geometry import TEMPORAL_CELL_FRAMES, LatentShape
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ def hold_to(pictures: Sequence[HeldPicture], tokens: Tokens, shape: LatentShape)
     mask_BT = torch.ones(clean_BTC.shape[:2], device=clean_BTC.device)
     positions = [video_positions(shape, device=clean_BTC.device)]
     each, end = shape.height * shape.width, shape.num_video_tokens
+    last_frame = TEMPORAL_CELL_FRAMES * (shape.num_frames - 1)
     for picture in pictures:
-        if not 0 <= picture.frame <= 8 * (shape.num_frames - 1):
-            raise ValueError(f"a picture's frame must be 0 to {8 * (shape.num_frames - 1)}, got {picture.frame}")
+        if not 0 <= picture.frame <= last_frame:
+            raise ValueError(f"a picture's frame must be 0 to {last_frame}, got {picture.frame}")
         size = tuple(picture.latent_BC1HW.shape[2:])
         if size != (1, shape.height, shape.width):
             raise ValueError(f"a picture must have {(1, shape.height, shape.width)} latents, got {size}")

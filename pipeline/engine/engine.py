@@ -221,8 +221,7 @@ class RenderEngine:
 
     def _require_can_follow(self, recipe: RecipeConfig) -> None:
         hparams = self.denoiser.hparams
-        # LTX-Video's positions are where a token starts, LTX-2's the middle of its extent.
-        family, last = "ltx_video" if hparams.rotary.at_start else "ltx2", hparams.num_layers - 1
+        family, last = hparams.family, hparams.num_layers - 1
         for stage in recipe.stages:
             sampler_named(stage.sampler)
             if stage.family != family:

@@ -179,10 +179,10 @@ def _plan(
 
 def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
     hparams = read_hparams(checkpoint)
-    family = "ltx_video" if hparams.rotary.at_start else "ltx2"
-    if family != model.family:
+    if hparams.family != model.family:
         raise UsageError(
-            f"model.family must be {family}, got {model.family}: {checkpoint.path} says so; use the model's own YAML"
+            f"model.family must be {hparams.family}, got {model.family}: {checkpoint.path} says so; use the model's "
+            "own YAML"
         )
     stored = {
         "num_layers": hparams.num_layers,

@@ -85,6 +85,11 @@ class DenoiserHparams:
     # What hides a text token; None: the most negative number of the dtype.
     hidden_text_bias: float | None = None
 
+    @property
+    def family(self) -> str:
+        """ltx2 or ltx_video. LTX-Video's positions are where a token starts, LTX-2's the middle of its extent."""
+        return "ltx_video" if self.rotary.at_start else "ltx2"
+
     @classmethod
     def from_config(
         cls, transformer: Mapping[str, Any], *, has_audio: bool = True, source: str = "checkpoint metadata"

@@ -38,7 +38,7 @@ def _demand(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize, el
     tokens = 0
     for stage, (height, width) in zip(recipe.stages, sizes, strict=True):
         shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
-        samples = stage.samples_of_a_call(has_audio=size.audio_width > 0)
+        samples = stage.samples_of_a_call(has_audio=size.has_audio)
         tokens = max(tokens, samples * (shape.num_video_tokens + shape.num_audio_latents))
     pixels = rendered.num_frames * sizes[-1][0] * sizes[-1][1]
     return {
