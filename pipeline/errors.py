@@ -55,6 +55,18 @@ class WorkerLost(PipelineError):
     """A worker ended without an answer."""
 
 
+class Hang(PipelineError):
+    """A worker gave no sign of life for longer than the work it does explains."""
+
+
+class Preempted(PipelineError):
+    """The machine of a worker was taken away, or will be: nobody's fault."""
+
+
+class Cancelled(PipelineError):
+    """An attempt was given up because the driver asked for it."""
+
+
 class UnexpectedFailure(PipelineError):
     """A bug, met where it could still be recorded; its cause carries the traceback."""
 
@@ -77,6 +89,9 @@ FAULTS: tuple[type[PipelineError], ...] = (
     UsageError,
     EngineFault,
     WorkerLost,
+    Hang,
+    Preempted,
+    Cancelled,
 )
 
 

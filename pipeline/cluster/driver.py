@@ -5,19 +5,20 @@ Every decision is a pure function elsewhere (`planning.queue`, `planning.policy`
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Protocol
 
-from pipeline.cluster.pool import Finished, Pool, PoolEvent, WorkerBroken, WorkerGone
+from pipeline.cluster.pool import Finished, Freed, Held, Noted, Pool, PoolEvent, WorkerBroken, WorkerGone
 from pipeline.cluster.progress import Counts, Progress
-from pipeline.errors import Interrupted, PipelineError, UnexpectedFailure, UsageError, WorkerLost
-from pipeline.planning.policy import Admission, AfterFailure, after_failure
+from pipeline.cost.allocation import GIVEN_UP, Charges
+from pipeline.errors import Hang, Interrupted, PipelineError, UnexpectedFailure, UsageError, WorkerLost
+from pipeline.planning.pace import Pace
+from pipeline.planning.policy import Admission, AfterFailure, CrashLoop, RowFailures, after_failure, retried
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import (
+    NS_PER_S,
     Failed,
     LedgerEntry,
     Outcome,
@@ -34,6 +35,11 @@ from pipeline.records.work import WorkItem
 
 # How long the loop sleeps at most, and so how late it notices a signal.
 TICK_S = 0.1
+# An outcome is on the ledger's disk so soon; many that come together are written together.
+FLUSH_AFTER_OUTCOME_S = 0.2
+STRAGGLERS_EVERY_S = 0.5
+# Why an attempt gave no clip of ours, where no failure class says it.
+DUPLICATE = "duplicate"
 
 
 class RunLog(Protocol):
@@ -48,18 +54,24 @@ class RunLog(Protocol):
 
 @dataclass
 class StopRequest:
-    """Set by a signal handler; the loop looks at it between two ticks."""
+    """Set by a signal handler or a notice; the loop looks at it between two ticks.
+
+    For `notice_s` seconds after it was seen, clips that are predicted to end by then may go on.
+    """
 
     reason: str | None = None
+    notice_s: float = 0.0
 
 
 @dataclass
 class Ending:
-    """How the loop ended: the rows that changed, why it stopped early (if it did), and every ledger entry."""
+    """How the loop ended: the rows that changed, why it stopped early (if it did), and the ledger summed."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     rendered_attempts: dict[str, int] = field(default_factory=dict)
-    entries: list[LedgerEntry] = field(default_factory=list)
+    # Attempts (id, number) that gave no clip of ours, and why.
+    wasted: dict[tuple[str, int], str] = field(default_factory=dict)
+    charges: Charges = field(default_factory=Charges)
     stopped_by: PipelineError | None = None
     limit_reached: str | None = None
 
@@ -82,11 +94,15 @@ class Driver:
     committed: Callable[[WorkItem], Mapping[str, Any] | None] = lambda item: None
     # Told of each key that is rendered.
     on_rendered: Callable[[str], None] = lambda key: None
+    pace: Pace = field(default_factory=Pace)
     ending: Ending = field(default_factory=Ending)
+    _failures: RowFailures = field(default_factory=RowFailures)
+    _crashes: CrashLoop = field(default_factory=lambda: CrashLoop(1))
     _estimated_usd: float = 0.0
-    _flushed_s: float = 0.0
+    _flush_at_ns: int = 0
+    _stragglers_at_ns: int = 0
+    _stop_seen_ns: int | None = None
     _seats: list[WorkerSeat] = field(default_factory=list)
-    _kills: Counter[str] = field(default_factory=Counter)
 
     def drive(self) -> Ending:
         """The whole run. Afterwards every worker is released and the ledger is closed.
@@ -96,16 +112,18 @@ class Driver:
         started = False
         try:
             while not self.queue.is_empty and self.ending.stopped_by is None:
-                if self.stop.reason is not None:
-                    self.ending.stopped_by = Interrupted(self.stop.reason)
+                if self._must_stop():
                     break
                 if not started and self._admit(start_only=True):
+                    self.pool.want(self.queue.num_waiting)
                     self.pool.start()
                     started = True
                     self._flush()
                 self._admit()
-                if self.ending.limit_reached is not None and not self.queue.in_flight:
+                if self.ending.limit_reached is not None and not self.queue.num_in_flight:
                     break
+                self._race_stragglers()
+                self.pool.want(self._num_useful())
                 self._apply(self.pool.next_event(TICK_S))
                 self._note_seats()
                 self._flush_if_due()
@@ -116,9 +134,25 @@ class Driver:
             self._close(started)
         return self.ending
 
+    def _must_stop(self) -> bool:
+        """If what is in flight must be given up now; the first sign of it lets no more work start."""
+        if self.ending.limit_reached is not None and self.admission.is_over(self.now_ns()):
+            return True
+        if self.stop.reason is None:
+            return False
+        if self._stop_seen_ns is None:
+            self._stop_seen_ns = self.now_ns()
+            self.log.log("stopping", self._stop_seen_ns, reason=self.stop.reason, notice_s=self.stop.notice_s)
+            self.pool.drain()
+        left_s = self.stop.notice_s - (self.now_ns() - self._stop_seen_ns) / NS_PER_S
+        if left_s > 0 and any(self.pace.left_s(item, self.now_ns()) <= left_s for item in self.queue.in_flight):
+            return False
+        self.ending.stopped_by = Interrupted(self.stop.reason)
+        return True
+
     def _admit(self, *, start_only: bool = False) -> bool:
         """Hand out work while a worker is free and the limits allow it; says if there was something to start."""
-        while self.ending.limit_reached is None and self.pool.num_free() > 0:
+        while self._may_start and self.pool.num_free() > 0:
             item = self.queue.peek()
             if item is None:
                 return False
@@ -126,13 +160,30 @@ class Driver:
             if refusal is not None:
                 self.ending.limit_reached = refusal
                 self.log.log("limit_reached", self.now_ns(), reason=refusal)
+                self.pool.drain()
                 return False
             if start_only:
                 return True
-            self.queue.hand_out()
-            self.log.log("attempt_started", self.now_ns(), id=item.request.id, key=item.key, attempt=item.attempt)
-            self.pool.submit(item)
+            handed_out = self.queue.hand_out()
+            assert handed_out is not None, "peeked at"
+            self._submit(handed_out)
         return False
+
+    def _submit(self, item: WorkItem, **facts: Any) -> None:
+        now_ns = self.now_ns()
+        self.pace.start(item, now_ns)
+        rung = {} if item.memory_rung == "planned" else {"memory_rung": item.memory_rung}
+        self.log.log("attempt_started", now_ns, id=item.request.id, key=item.key, attempt=item.attempt, **rung, **facts)
+        upcoming = self.queue.peek()
+        self.pool.submit(item, () if upcoming is None else (upcoming,))
+
+    def _num_useful(self) -> int:
+        """How many workers have, or could have, something to do."""
+        return (self.queue.num_waiting if self._may_start else 0) + len(self.queue.in_flight)
+
+    @property
+    def _may_start(self) -> bool:
+        return self._stop_seen_ns is None and self.ending.limit_reached is None
 
     def _refusal(self, item: WorkItem) -> str | None:
         """Why `item` may not start. Estimates are scaled by what the clips so far really took."""
@@ -146,75 +197,133 @@ class Driver:
             now_ns=self.now_ns(),
         )
 
+    def _race_stragglers(self) -> None:
+        """With nothing left to hand out, idle workers try again what takes much longer than predicted."""
+        now_ns = self.now_ns()
+        if self.queue.num_waiting or not self._may_start or now_ns < self._stragglers_at_ns:
+            return
+        self._stragglers_at_ns = now_ns + round(STRAGGLERS_EVERY_S * NS_PER_S)
+        for item in self.queue.in_flight:
+            if self.pool.num_free() and self.pace.is_late(item, now_ns) and not self.queue.rivals(item):
+                self._submit(self.queue.speculate(item), beside=item.attempt)
+
     def _apply(self, event: PoolEvent | None) -> None:
         match event:
             case Finished(outcome):
+                self._crashes.item_ended()
                 self._settle(outcome)
-                self._flush()
+                self._flush_soon()
             case WorkerBroken(error):
                 self._lose_worker(error)
             case WorkerGone():
                 self._take_back_from(event)
-                self._flush()
-            case None:
+                self._flush_soon()
+            case Noted(name, facts):
+                self.log.log(name, self.now_ns(), **facts)
+            case Freed() | None:
                 pass
 
     def _settle(self, outcome: Outcome) -> None:
-        if isinstance(outcome, Rendered):
+        if not self.queue.is_in_flight(outcome.item):
+            # A rival was first; whatever this one did was for nothing.
+            self._waste(outcome.item, DUPLICATE)
+        elif isinstance(outcome, Rendered):
             self._settle_rendered(outcome)
-            return
-        decision = after_failure(outcome.fault, outcome.item.attempt)
-        self.log.log(
-            "attempt_failed", self.now_ns(), id=outcome.item.request.id, attempt=outcome.item.attempt,
-            error_class=outcome.error_class, error_message=outcome.error_message, next=decision.value,
-        )  # fmt: skip
-        if decision is AfterFailure.RETRY:
-            self.queue.take_back(outcome.item.next_attempt())
-        elif decision is AfterFailure.SET_ASIDE:
-            self._set_aside(outcome)
         else:
-            self.queue.take_back(outcome.item.next_attempt())
-            unusable = outcome.fault == UsageError.__name__
-            self.ending.stopped_by = (UsageError if unusable else PipelineError)(outcome.error_message)
+            self._settle_failed(outcome)
 
     def _settle_rendered(self, rendered: Rendered) -> None:
-        self._settle_row(rendered.item, rendered_row(rendered, self.facts))
+        self._settle_row(rendered.item, rendered_row(rendered, self.facts), ours=rendered.adopted_from is None)
+        self.pace.learn(rendered.item, (rendered.finished_ns - rendered.started_ns) / NS_PER_S)
 
-    def _settle_row(self, item: WorkItem, row: dict[str, Any]) -> None:
+    def _settle_row(self, item: WorkItem, row: dict[str, Any], *, ours: bool) -> None:
+        """`ours` is false if the record of another driver or attempt won: then the time was for nothing."""
         self._record("rendered", row)
         self.on_rendered(item.key)
-        self.ending.rendered_attempts[item.request.id] = row["attempts"]
+        if ours:
+            self.ending.rendered_attempts[item.request.id] = item.attempt
+        else:
+            self._waste(item, DUPLICATE)
+        self.pace.forget(item)
         self._estimated_usd += item.estimate.cost_usd
         self.counts.num_rendered += 1
+        for rival in self.queue.rivals(item):
+            self.pool.cancel(rival)
         for twin in self.queue.settle(item):
             self._record("skipped", skipped_row(twin, row, self.facts))
             self.counts.num_skipped += 1
             self.counts.num_to_render -= 1
 
-    def _take_back_from(self, gone: WorkerGone) -> None:
-        """The item of a lost worker: rendered, if its commit stands; else it counts as a failed attempt."""
-        item = gone.item
-        held = {} if item is None else {"id": item.request.id, "attempt": item.attempt}
-        self.log.log("worker_lost", self.now_ns(), cause=gone.cause, **held)
-        if item is None or self._settle_if_committed(item):
+    def _settle_failed(self, failed: Failed) -> None:
+        item = failed.item
+        self._waste(item, failed.fault)
+        if self.queue.drop(item):
+            self._log_failed(failed, "leave it to the other attempt")
             return
-        self._kills[item.key] += 1
-        kills = self._kills[item.key]
-        message = f"killed {kills} worker{'s' if kills > 1 else ''}: {gone.cause}"
-        name = WorkerLost.__name__
-        self._settle(Failed(item, name, message, name, gone.since_ns, max(gone.since_ns, self.now_ns())))
+        decision = after_failure(failed.fault, item, self._failures)
+        self._log_failed(failed, decision.value)
+        if decision is AfterFailure.SET_ASIDE:
+            self._set_aside(failed)
+            return
+        self.queue.take_back(retried(item, decision))
+        if decision is AfterFailure.STOP_JOB:
+            unusable = failed.fault == UsageError.__name__
+            self.ending.stopped_by = (UsageError if unusable else PipelineError)(failed.error_message)
+
+    def _log_failed(self, failed: Failed, follows: str) -> None:
+        self.log.log(
+            "attempt_failed", self.now_ns(), id=failed.item.request.id, attempt=failed.item.attempt,
+            error_class=failed.error_class, error_message=failed.error_message, next=follows,
+        )  # fmt: skip
+
+    def _waste(self, item: WorkItem, cause: str) -> None:
+        self.pace.forget(item)
+        self.ending.wasted[item.request.id, item.attempt] = cause
+
+    def _take_back_from(self, gone: WorkerGone) -> None:
+        """The items of a lost worker: rendered, if their commit stands; else the attempt has failed."""
+        ids = [held.item.request.id for held in gone.held]
+        self.log.log("worker_lost", self.now_ns(), cause=gone.cause, fault=gone.fault, ids=ids)
+        keys = []
+        for held in gone.held:
+            if not self.queue.is_in_flight(held.item):
+                self._waste(held.item, DUPLICATE)
+            elif not self._settle_if_committed(held.item):
+                keys.append(held.item.key)
+                self._settle_lost(held, gone)
+        if gone.fault in (WorkerLost.__name__, Hang.__name__):
+            self._crashes.num_workers = max(self._crashes.num_workers, len(self._held_groups()))
+            reason = self._crashes.worker_lost(keys, gone.cause)
+            if reason is not None:
+                self.ending.stopped_by = self.ending.stopped_by or WorkerLost(reason)
+
+    def _settle_lost(self, held: Held, gone: WorkerGone) -> None:
+        item, fault = held.item, gone.fault
+        if fault in (WorkerLost.__name__, Hang.__name__) and not held.is_suspect:
+            # Another item was there as well, and it is not known whose doing it was: each is tried alone next.
+            self._waste(item, fault)
+            if not self.queue.drop(item):
+                self.queue.take_back(replace(item, alone=True))
+            return
+        times = self._failures.num(item.request.id, fault) + 1
+        verb = {WorkerLost.__name__: "killed", Hang.__name__: "hung"}.get(fault)
+        message = gone.cause if verb is None else f"{verb} {times} worker{'s' if times > 1 else ''}: {gone.cause}"
+        self._settle_failed(Failed(item, fault, message, fault, held.since_ns, max(held.since_ns, self.now_ns())))
 
     def _settle_if_committed(self, item: WorkItem) -> bool:
         record = self.committed(item)
         if record is None or record["run_id"] != self.facts.run_id:
             return False
-        self._settle_row(item, recovered_row(item, record, self.facts))
+        self._settle_row(item, recovered_row(item, record, self.facts), ours=record["attempt"] == item.attempt)
         return True
 
     def _set_aside(self, failed: Failed) -> None:
         self.queue.set_aside(failed.item)
         self._record("failed", failed_row(failed, self.facts))
         self.counts.num_failed += 1
+        refusal = self.admission.too_many_failed(self.counts.num_failed)
+        if refusal is not None:
+            self.ending.stopped_by = PipelineError(f"{refusal}; the last: {failed.error_message}")
 
     def _record(self, event: str, row: dict[str, Any]) -> None:
         self.ending.rows.append(row)
@@ -222,8 +331,6 @@ class Driver:
 
     def _lose_worker(self, error: BaseException) -> None:
         """No worker can be had, or none can be set up: the job ends, with the code that the error carries."""
-        for item in self.queue.in_flight:
-            self.queue.take_back(item)
         if isinstance(error, PipelineError):
             self.ending.stopped_by = error
             return
@@ -231,17 +338,23 @@ class Driver:
         bug.__cause__ = error
         self.ending.stopped_by = bug
 
+    def _flush_soon(self) -> None:
+        self._flush_at_ns = min(self._flush_at_ns, self.now_ns() + round(FLUSH_AFTER_OUTCOME_S * NS_PER_S))
+
     def _flush_if_due(self) -> None:
-        if time.monotonic() - self._flushed_s >= self.flush_every_s:
+        if self.now_ns() >= self._flush_at_ns:
             self._flush()
 
     def _flush(self) -> None:
         """Write the ledger up to now and renew the lease; what this wrote survives any kill."""
-        self._flushed_s = time.monotonic()
+        self._flush_at_ns = self.now_ns() + round(self.flush_every_s * NS_PER_S)
         self._note_seats()
         closed, running = self.pool.take_ledger()
         self._count(closed)
         self.log.write_ledger(closed, running, self.now_ns())
+
+    def _held_groups(self) -> set[str]:
+        return {seat.group_id for seat in self._seats if seat.released_ns is None}
 
     def _note_seats(self) -> None:
         """Write down who is held before what they do: whoever closes a dead run goes by the seats."""
@@ -251,27 +364,30 @@ class Driver:
             self.log.set_workers(seats)
 
     def _count(self, closed: list[LedgerEntry]) -> None:
-        self.ending.entries.extend(closed)
+        self.ending.charges.add(closed)
         self.counts.spent_usd += float(sum((entry.cost_usd for entry in closed), Decimal(0)))
 
     def _show(self) -> None:
-        self.counts.num_running = len(self.queue.in_flight)
+        self.counts.num_running = self.queue.num_in_flight
         self.progress.show(self.counts)
 
     def _close(self, started: bool) -> None:
         """Release the workers and give every row that was not settled its own."""
         if started:
             self._settle_what_is_finished()
-            self.pool.stop(abandon=self.ending.stopped_by is not None)
+            # A rival that lost may still be at it: nobody waits for it.
+            in_a_hurry = self.ending.stopped_by is not None or self.pace.has_open_attempts
+            self.pool.stop(abandon=in_a_hurry)
             try:
                 self._settle_what_is_finished()
                 self._flush()
             except PipelineError as error:
                 self.ending.stopped_by = self.ending.stopped_by or error
-        in_flight = {item.key for item in self.queue.in_flight}
+        for item in self.queue.in_flight:
+            self._waste(item, GIVEN_UP)
         for item in self.queue.unfinished():
             row = item_row(item, self.facts, status="not_started")
-            row["attempts"] = item.attempt if item.key in in_flight else item.attempt - 1
+            row["attempts"] = self.queue.num_attempts(item)
             self.ending.rows.append(row)
         self.counts.num_running = 0
         self.progress.show(self.counts, last=True)
@@ -282,7 +398,9 @@ class Driver:
             while (event := self.pool.next_event(0)) is not None:
                 if isinstance(event, Finished) and isinstance(event.outcome, Rendered):
                     self._settle(event.outcome)
-                elif isinstance(event, WorkerGone) and event.item is not None:
-                    self._settle_if_committed(event.item)
+                elif isinstance(event, WorkerGone):
+                    for held in event.held:
+                        if self.queue.is_in_flight(held.item):
+                            self._settle_if_committed(held.item)
         except PipelineError as error:
             self.ending.stopped_by = self.ending.stopped_by or error

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pipeline.cluster.pool import Finished, PoolEvent, Worker, WorkerBroken, WorkerFactory
+from pipeline.cluster.assignment import Assignment, Beat
+from pipeline.cluster.pool import Finished, Freed, PoolEvent, Worker, WorkerBroken, WorkerFactory
 from pipeline.cost.meter import Meter
-from pipeline.errors import WorkerLost
-from pipeline.records.outcome import LedgerEntry, WorkerSeat
+from pipeline.errors import Hang, WorkerLost
+from pipeline.planning.policy import silence_limit_s
+from pipeline.records.gang import ALONE, Member
+from pipeline.records.outcome import LedgerEntry, Outcome, WorkerSeat
 from pipeline.records.work import WorkItem
 from pipeline.telemetry import log_about
 
@@ -22,36 +26,71 @@ JOIN_S = 10.0
 
 
 class LocalPool:
-    """A pool of one worker. `acquire` makes the meter of the worker's seat at the moment the worker starts."""
+    """A pool of one worker. `acquire` makes the meter of the worker's seat at the moment the worker starts.
 
-    def __init__(self, factory: WorkerFactory, acquire: Callable[[], Meter]) -> None:
+    With `hang_after_s` a worker that is silent for longer ends the job: nothing can end a thread.
+    """
+
+    def __init__(
+        self,
+        factory: WorkerFactory,
+        acquire: Callable[[], Meter],
+        *,
+        member: Member = ALONE,
+        hang_after_s: float | None = None,
+    ) -> None:
         self._factory = factory
         self._acquire = acquire
+        self._member = member
+        self._hang_after_s = hang_after_s
         self._meter: Meter | None = None
         self._released_ns: int | None = None
-        self._busy = False
-        self._inbox: queue.SimpleQueue[WorkItem | None] = queue.SimpleQueue()
+        self._is_free = True
+        self._inbox: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[PoolEvent] = queue.SimpleQueue()
+        # Not ended yet: the one the device works for, and those whose files are being finished.
+        self._open: list[Assignment] = []
+        self._change = threading.Condition()
+        self._heard: tuple[Beat, float] = (Beat(), 0.0)
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
 
     def start(self) -> None:
         self._meter = self._acquire()
         self._thread.start()
 
-    def num_free(self) -> int:
-        return 0 if self._busy else 1
+    def want(self, num_workers: int) -> None:
+        """The one worker lives as long as its pool."""
 
-    def submit(self, item: WorkItem) -> None:
-        self._busy = True
-        self._inbox.put(item)
+    def num_free(self) -> int:
+        return 1 if self._is_free else 0
+
+    def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
+        assignment = Assignment(item, self._end, tuple(upcoming))
+        with self._change:
+            self._open.append(assignment)
+        self._is_free = False
+        self._heard = (Beat(), time.monotonic())
+        self._inbox.put(assignment)
+
+    def cancel(self, item: WorkItem) -> None:
+        for assignment in self.held():
+            if (assignment.item.key, assignment.item.attempt) == (item.key, item.attempt):
+                assignment.cancel()
+
+    def drain(self) -> None:
+        if self._meter is not None:
+            self._meter.drain()
+
+    def held(self) -> list[Assignment]:
+        """What is in the worker's hands, oldest first."""
+        with self._change:
+            return list(self._open)
 
     def next_event(self, timeout_s: float) -> PoolEvent | None:
         try:
-            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
+            return self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
         except queue.Empty:
-            return None
-        self._busy = False
-        return event
+            return self._silence()
 
     def seats(self) -> list[WorkerSeat]:
         if self._meter is None:
@@ -70,23 +109,66 @@ class LocalPool:
     def stop(self, *, abandon: bool) -> None:
         if self._meter is None:
             return
-        self._meter.enter("teardown")
         self._inbox.put(None)
         if not abandon:
+            deadline_s = time.monotonic() + JOIN_S
             self._thread.join(JOIN_S)
+            with self._change:
+                self._change.wait_for(lambda: not self._open, max(0.0, deadline_s - time.monotonic()))
+        self._meter.enter("teardown")
         self._released_ns = self._meter.release()
+
+    def _end(self, outcome: Outcome) -> None:
+        with self._change:
+            self._open = [a for a in self._open if a.item.attempt != outcome.item.attempt or a.item.key != outcome.item.key]
+            self._change.notify_all()
+        self._events.put(Finished(outcome))
 
     def _work(self) -> None:
         assert self._meter is not None
         try:
             with log_about(worker=self._meter.seat.gpu_id):
-                worker: Worker = self._factory(self._meter)
+                worker: Worker = self._factory(self._meter, self._member)
                 self._meter.enter("idle")
-                while (item := self._inbox.get()) is not None:
+                self._events.put(Freed())
+                while (assignment := self._inbox.get()) is not None:
+                    item = assignment.item
                     with log_about(id=item.request.id, attempt=item.attempt):
-                        outcome = worker.execute(item)
-                    self._events.put(Finished(outcome))
+                        self._execute(worker, assignment)
+                    self._is_free = True
+                    self._events.put(Freed())
         except Exception as error:  # noqa: BLE001 - whatever it is, the driver must hear of it
             self._events.put(WorkerBroken(error))
         except SystemExit as error:
             self._events.put(WorkerBroken(WorkerLost(f"the worker exited: {error}")))
+
+    def _execute(self, worker: Worker, assignment: Assignment) -> None:
+        """One item; one that is to be alone starts when all others have ended, and ends before the next starts."""
+        if assignment.item.alone:
+            with self._change:
+                self._change.wait_for(lambda: self._open == [assignment])
+        worker.execute(assignment)
+        if assignment.item.alone:
+            with self._change:
+                self._change.wait_for(lambda: assignment not in self._open)
+
+    def _silence(self) -> PoolEvent | None:
+        if self._hang_after_s is None or self._is_free:
+            return None
+        current, now_s = self.held(), time.monotonic()
+        if not current:
+            return None
+        beat, item = current[-1].last_beat, current[-1].item
+        if beat.count == 0 or beat != self._heard[0]:
+            # Loading has no steps: it counts from the first sign of life on.
+            self._heard = (beat, now_s)
+            return None
+        limit_s = silence_limit_s(item.estimate.longest_step_s, self._hang_after_s)
+        if now_s - self._heard[1] <= limit_s:
+            return None
+        return WorkerBroken(
+            Hang(
+                f'row "{item.request.id}" gave no sign of life for {limit_s:.0f} s after step {beat.step} of '
+                f"{beat.stage or 'its start'}; run the same command again, with cluster=local to survive such rows"
+            )
+        )

@@ -1,34 +1,48 @@
 """What the driver needs of workers, wherever they run: a Pool, and the events it reports.
 
-A pool is handed a factory for workers and calls it where a worker shall live; it never imports the engine.
+A worker holds one model; it is one process or a gang of them, one a GPU. A pool is handed a factory for workers and
+calls it where a worker shall live; it never imports the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from pipeline.cluster.assignment import Assignment
 from pipeline.cost.meter import Meter
+from pipeline.errors import WorkerLost
+from pipeline.records.gang import Member
 from pipeline.records.outcome import LedgerEntry, Outcome, WorkerSeat
 from pipeline.records.work import WorkItem
 
 
 class Worker(Protocol):
-    """Renders one item at a time; whatever goes wrong with an item comes back as its outcome."""
+    """Renders items; whatever goes wrong with one comes back as its outcome, what goes wrong with the worker raises.
 
-    def execute(self, item: WorkItem) -> Outcome: ...
+    In a gang every rank executes, and the leader's outcome counts.
+    """
+
+    def execute(self, assignment: Assignment) -> None:
+        """Work on an item until the device is free for the next; `assignment.end` is called then or later, once."""
+        ...
 
 
 # Builds the worker whose time `Meter` accounts for. Runs in the worker's own process or thread: it loads the model.
-WorkerFactory = Callable[[Meter], Worker]
+WorkerFactory = Callable[[Meter, Member], Worker]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A worker ended an item and is free again."""
+    """An item was ended by its worker."""
 
     outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Freed:
+    """A worker can take an item: it became ready, or its device is done with the last one."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +53,33 @@ class WorkerBroken:
 
 
 @dataclass(frozen=True)
+class Held:
+    """An item in the hands of a worker since `since_ns`. With `is_suspect` the device worked for it, or nothing else
+    was in the worker's hands, so it may have caused what happened to the worker."""
+
+    item: WorkItem
+    since_ns: int
+    is_suspect: bool = True
+
+
+@dataclass(frozen=True)
 class WorkerGone:
-    """A worker ended without an answer, and the pool goes on without it. `item` is what it held since `since_ns`."""
+    """A worker ended without an answer and the pool goes on without it. `fault` is a name of `errors.FAULTS`."""
 
     cause: str
-    item: WorkItem | None
-    since_ns: int
+    held: tuple[Held, ...] = ()
+    fault: str = WorkerLost.__name__
 
 
-PoolEvent = Finished | WorkerBroken | WorkerGone
+@dataclass(frozen=True)
+class Noted:
+    """Something for the event log that asks for no decision."""
+
+    event: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+PoolEvent = Finished | Freed | WorkerBroken | WorkerGone | Noted
 
 
 class Pool(Protocol):
@@ -56,9 +88,26 @@ class Pool(Protocol):
 
     def start(self) -> None: ...
 
-    def num_free(self) -> int: ...
+    def want(self, num_workers: int) -> None:
+        """How many workers the queue can use from now on. Missing ones are started, up to the pool's own bound; of
+        surplus ones those that hold nothing are given back."""
+        ...
 
-    def submit(self, item: WorkItem) -> None: ...
+    def num_free(self) -> int:
+        """How many items can be submitted now; before `start` at least 1."""
+        ...
+
+    def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
+        """Give `item` to a free worker. `upcoming` may come next, to this worker or another: a hint to prefetch."""
+        ...
+
+    def cancel(self, item: WorkItem) -> None:
+        """Ask the worker that has `item` to give it up at its next step; it then ends with the fault `Cancelled`."""
+        ...
+
+    def drain(self) -> None:
+        """No item will be submitted any more: workers without work are in the state `drain` from now on."""
+        ...
 
     def next_event(self, timeout_s: float) -> PoolEvent | None: ...
 

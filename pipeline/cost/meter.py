@@ -20,8 +20,17 @@ def utc_clock() -> Callable[[], int]:
     return lambda: wall_ns + time.monotonic_ns() - start_ns
 
 
+# The device has nothing to do, so what the host does for a clip shows.
+_VACANT = ("idle", "drain")
+# A state, and the row and attempt it is for.
+_State = tuple[str, str | None, int | None]
+
+
 class Meter:
-    """Accounts for the held time of the worker in `seat`, from `seat.acquired_ns` on."""
+    """Accounts for the held time of the worker in `seat`, from `seat.acquired_ns` on.
+
+    The device's state counts; what the host does meanwhile for another clip shows only while the device is vacant.
+    """
 
     def __init__(self, seat: WorkerSeat, price: UnitPrice, now_ns: Callable[[], int]) -> None:
         self.seat = seat
@@ -29,21 +38,39 @@ class Meter:
         self.now_ns = now_ns
         self._lock = threading.Lock()
         self._closed: list[LedgerEntry] = []
-        self._attempt_entries: list[LedgerEntry] = []
-        self._open: tuple[str, str | None, int | None, int] | None = ("provisioning", None, None, seat.acquired_ns)
+        self._by_attempt: dict[tuple[str, int | None], list[LedgerEntry]] = {}
+        self._device: _State = ("provisioning", None, None)
+        self._host: _State | None = None
+        self._open: tuple[_State, int] | None = (self._device, seat.acquired_ns)
+        self._is_draining = False
         self._released_ns: int | None = None
 
     def enter(self, state: str, *, id: str | None = None, attempt: int | None = None) -> None:
-        """From now on the worker is in `state`, for row `id` if it works for one. No effect once released."""
-        if state not in LEDGER_STATES:
-            raise ValueError(f"state must be one of {', '.join(LEDGER_STATES)}, got {state!r}")
+        """From now on the device is in `state`, for row `id` if it works for one. No effect once released."""
+        _require_known(state)
         with self._lock:
-            if self._open is None or self._open[:3] == (state, id, attempt):
-                return
-            now_ns = self._close_open()
-            if id is not None and self._attempt_of(self._attempt_entries) != (id, attempt):
-                self._attempt_entries = []
-            self._open = (state, id, attempt, now_ns)
+            self._device = ("drain" if state == "idle" and self._is_draining else state, id, attempt)
+            self._switch()
+
+    def enter_host(self, state: str, *, id: str, attempt: int) -> None:
+        """From now on the host does `state` for row `id`, whatever the device does."""
+        _require_known(state)
+        with self._lock:
+            self._host = (state, id, attempt)
+            self._switch()
+
+    def leave_host(self) -> None:
+        with self._lock:
+            self._host = None
+            self._switch()
+
+    def drain(self) -> None:
+        """No work will come any more: what would be `idle` is `drain` from now on."""
+        with self._lock:
+            self._is_draining = True
+            if self._device[0] == "idle":
+                self._device = ("drain", None, None)
+                self._switch()
 
     def release(self) -> int:
         """Close the last entry; returns `released_ns`. A second call returns the same."""
@@ -64,29 +91,35 @@ class Meter:
         with self._lock:
             return None if self._open is None else self._entry(self.now_ns())
 
-    def attempt_entries(self) -> tuple[LedgerEntry, ...]:
-        """All entries of the attempt last entered so far, the running one as if it ended now."""
+    def entries_of(self, id: str, attempt: int) -> tuple[LedgerEntry, ...]:
+        """All entries of an attempt so far, a running one as if it ended now."""
         with self._lock:
-            entries = list(self._attempt_entries)
-            if self._open is not None and self._open[1] is not None:
+            entries = list(self._by_attempt.get((id, attempt), ()))
+            if self._open is not None and self._open[0][1:] == (id, attempt):
                 entries.append(self._entry(self.now_ns()))
             return tuple(entries)
 
-    @staticmethod
-    def _attempt_of(entries: list[LedgerEntry]) -> tuple[str | None, int | None] | None:
-        return (entries[-1].id, entries[-1].attempt) if entries else None
+    def forget(self, id: str, attempt: int) -> None:
+        """The attempt is over: `entries_of` will not be asked for it any more."""
+        with self._lock:
+            self._by_attempt.pop((id, attempt), None)
+
+    def _switch(self) -> None:
+        state = self._host if self._host is not None and self._device[0] in _VACANT else self._device
+        if self._open is not None and self._open[0] != state:
+            self._open = (state, self._close_open())
 
     def _close_open(self) -> int:
         now_ns = self.now_ns()
         entry = self._entry(now_ns)
         self._closed.append(entry)
         if entry.id is not None:
-            self._attempt_entries.append(entry)
+            self._by_attempt.setdefault((entry.id, entry.attempt), []).append(entry)
         return now_ns
 
     def _entry(self, t1_ns: int) -> LedgerEntry:
         assert self._open is not None
-        state, row_id, attempt, t0_ns = self._open
+        (state, row_id, attempt), t0_ns = self._open
         cost_usd = self._price.cost(t1_ns - t0_ns)
         return ledger_entry(
             self.seat,
@@ -98,3 +131,8 @@ class Meter:
             id=row_id,
             attempt=attempt,
         )
+
+
+def _require_known(state: str) -> None:
+    if state not in LEDGER_STATES:
+        raise ValueError(f"state must be one of {', '.join(LEDGER_STATES)}, got {state!r}")

@@ -1,42 +1,149 @@
-"""Two decisions, as tables: what follows a failed attempt, and whether one more clip may start.
+"""What follows a failure, as tables: for the row, for the job, and whether one more clip may start.
 
 Pure: the caller supplies the time and applies the decision. The class of a failure decides, never its text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from pipeline.errors import StorageUnavailable
+from pipeline.records.work import MEMORY_RUNGS, WorkItem
 
 
 class AfterFailure(Enum):
+    """What becomes of a row whose attempt failed; the value is what the event log says."""
+
     RETRY = "retry"
+    # On the next rung of MEMORY_RUNGS.
+    NEXT_RUNG = "retry with less memory"
+    # Back to its place as if nothing had been tried: what happened says nothing about the row.
+    TAKE_BACK = "take back"
     SET_ASIDE = "set aside"
     STOP_JOB = "stop the job"
 
 
-# Failure class (`errors.FAULTS`) -> what follows, and how often a row is tried in all.
+# Failure class (`errors.FAULTS`) -> what follows, and after how many failures of that class the row is set aside.
 _TABLE: dict[str, tuple[AfterFailure, int]] = {
     "InvalidRequest": (AfterFailure.SET_ASIDE, 1),
-    "OutOfMemory": (AfterFailure.SET_ASIDE, 1),
+    "OutOfMemory": (AfterFailure.NEXT_RUNG, len(MEMORY_RUNGS)),
     "EngineFault": (AfterFailure.RETRY, 2),
-    "StorageUnavailable": (AfterFailure.RETRY, 3),
+    # The worker has backed off in place for long before it says so.
+    "StorageUnavailable": (AfterFailure.RETRY, 2),
     "StorageFull": (AfterFailure.STOP_JOB, 1),
     "UsageError": (AfterFailure.STOP_JOB, 1),
     # An item that ends two workers would end them all.
     "WorkerLost": (AfterFailure.RETRY, 2),
+    "Hang": (AfterFailure.RETRY, 2),
+    "Preempted": (AfterFailure.TAKE_BACK, 0),
+    "Cancelled": (AfterFailure.TAKE_BACK, 0),
 }
+# Failures of all classes together after which a row is set aside: one that fails in another way each time.
+MAX_FAILURES_OF_A_ROW = 5
+
+# A sign of life comes with every step; so much longer than predicted, nothing comes any more.
+HANG_FACTOR = 5.0
+# An attempt is a straggler once it has taken so much longer than predicted, and long enough for that to mean something.
+STRAGGLER_FACTOR = 2.0
+STRAGGLER_AT_LEAST_S = 10.0
 
 
-def after_failure(fault: str, attempt: int) -> AfterFailure:
-    """What follows when attempt number `attempt` (from 1) of a row failed with `fault`, a name of `errors.FAULTS`."""
-    decision, max_attempts = _TABLE[fault]
-    if decision is AfterFailure.RETRY and attempt >= max_attempts:
+@dataclass
+class RowFailures:
+    """How often each row failed, by class. Attempts that were taken back do not count."""
+
+    _by_id: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def count(self, id: str, fault: str) -> int:
+        """Note one more failure of the row; returns how many of this class there are."""
+        failures = self._by_id.setdefault(id, Counter())
+        failures[fault] += 1
+        return failures[fault]
+
+    def num(self, id: str, fault: str) -> int:
+        return self._by_id.get(id, Counter())[fault]
+
+    def total(self, id: str) -> int:
+        return sum(self._by_id.get(id, Counter()).values())
+
+
+def after_failure(fault: str, item: WorkItem, failures: RowFailures) -> AfterFailure:
+    """What follows when an attempt at `item` failed with `fault`, a name of `errors.FAULTS`; notes the failure."""
+    decision, max_failures = _TABLE[fault]
+    if decision is AfterFailure.TAKE_BACK:
+        return decision
+    num_failures = failures.count(item.request.id, fault)
+    if decision is AfterFailure.NEXT_RUNG and next_rung(item.memory_rung) is None:
+        return AfterFailure.SET_ASIDE
+    if decision is not AfterFailure.STOP_JOB and (
+        num_failures >= max_failures or failures.total(item.request.id) >= MAX_FAILURES_OF_A_ROW
+    ):
         # The store is the job's, not the row's: if it stays away no other row can be written either.
         return AfterFailure.STOP_JOB if fault == StorageUnavailable.__name__ else AfterFailure.SET_ASIDE
     return decision
+
+
+def next_rung(memory_rung: str) -> str | None:
+    """The rung after `memory_rung`, None after the last."""
+    index = MEMORY_RUNGS.index(memory_rung) + 1
+    return MEMORY_RUNGS[index] if index < len(MEMORY_RUNGS) else None
+
+
+def retried(item: WorkItem, decision: AfterFailure) -> WorkItem:
+    """`item` as it goes back to the queue after `decision`."""
+    if decision is AfterFailure.NEXT_RUNG:
+        return replace(item, memory_rung=next_rung(item.memory_rung) or item.memory_rung)
+    return item if decision is AfterFailure.TAKE_BACK else replace(item, alone=True)
+
+
+@dataclass
+class CrashLoop:
+    """Tells bad luck from a job that cannot go on: workers that are lost while no item ends in between.
+
+    One row that ends every worker is set aside after two; `num_workers` may go at once with their machine.
+    """
+
+    num_workers: int
+    _lost_idle: int = 0
+    _lost_with: set[str] = field(default_factory=set)
+
+    def item_ended(self) -> None:
+        self._lost_idle = 0
+        self._lost_with.clear()
+
+    def worker_lost(self, keys: list[str], cause: str) -> str | None:
+        """Note a worker that was lost with the items of `keys`; why the job must end, or None."""
+        if keys:
+            self._lost_with.update(keys)
+        else:
+            self._lost_idle += 1
+        most = max(4, self.num_workers)
+        if self._lost_idle >= most:
+            return (
+                f"{self._lost_idle} workers were lost while they started or waited, and no clip ended in between; the "
+                f"last: {cause}; see the workers' logs, then run the same command again"
+            )
+        if len(self._lost_with) >= 2 * most:
+            return (
+                f"workers were lost with each of {len(self._lost_with)} rows, and no clip ended in between; the last: "
+                f"{cause}; see the workers' logs, then run the same command again"
+            )
+        return None
+
+
+def silence_limit_s(longest_step_s: float, at_least_s: float) -> float:
+    """How long a worker may give no sign of life, for an item whose longest step is predicted to take so long."""
+    return max(at_least_s, HANG_FACTOR * longest_step_s)
+
+
+def is_straggler(elapsed_s: float, predicted_s: float, at_least_s: float = STRAGGLER_AT_LEAST_S) -> bool:
+    """If an idle worker should try the row of an attempt that has run for `elapsed_s` too.
+
+    At twice the prediction the rival ends first, if the attempt has as far to go as it has come.
+    """
+    return elapsed_s > max(at_least_s, STRAGGLER_FACTOR * predicted_s)
 
 
 @dataclass(frozen=True)
@@ -45,6 +152,7 @@ class Admission:
 
     budget_usd: float | None = None
     deadline_ns: int | None = None
+    max_failed_rows: int | None = None
 
     def refusal(
         self, *, spent_usd: float, in_flight_usd: float, next_usd: float, next_s: float, now_ns: int
@@ -58,3 +166,13 @@ class Admission:
         if self.deadline_ns is not None and now_ns + round(next_s * 1e9) > self.deadline_ns:
             return "the deadline would pass before the next clip is done"
         return None
+
+    def is_over(self, now_ns: int) -> bool:
+        """If the deadline has passed: what is still in flight goes back."""
+        return self.deadline_ns is not None and now_ns >= self.deadline_ns
+
+    def too_many_failed(self, num_failed: int) -> str | None:
+        """Why the job must end after `num_failed` rows were set aside, or None."""
+        if self.max_failed_rows is None or num_failed <= self.max_failed_rows:
+            return None
+        return f"{num_failed} rows failed, more than max_failed_rows={self.max_failed_rows} allows"

@@ -2,38 +2,44 @@
 
 Pure bookkeeping over `WorkItem`s; the driver asks and tells. Rows with equal content keys share one video: the first
 is rendered, its twins wait for it. Rows with the same adapters run one after the other, because fusing a set into the
-model's weights and taking it out again costs seconds.
+model's weights and taking it out again costs seconds. Long clips come first, so that workers end together.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 from pipeline.records.work import WorkItem
 
-# A recipe may fuse adapters of its own. Hash and strength of each adapter of the row.
-AdapterSet = tuple[str, tuple[tuple[str, float], ...]]
-# Larger priorities first, then the first row of the item's set, then its own row, which no other item has.
-Place = tuple[int, int, int]
+# A priority, a recipe, which may fuse adapters of its own, and hash and strength of each adapter of the row.
+AdapterSet = tuple[int, str, tuple[tuple[str, float], ...]]
+# Larger priorities first; then sets by their longest clip and their first row; then clips by length, so that those of
+# one shape come together, and by row, which no other item has.
+Place = tuple[int, float, int, float, int]
 
 
 class WorkQueue:
-    """Hands out items by priority, then by set of adapters, the sets and the rows of each in row order.
+    """Hands out items by priority, then by set of adapters, the longest predicted first.
 
-    Each key is in flight at most once.
+    Each key is in flight once, but for a rival that `speculate` sets beside a straggler. Attempts are numbered here.
     """
 
     def __init__(self, items: Iterable[WorkItem]) -> None:
-        # Priority and set of adapters -> its first row.
-        self._first_row: dict[tuple[int, AdapterSet], int] = {}
+        in_row_order = sorted(items, key=lambda item: item.request.row_index)
+        # Set of adapters -> seconds of its longest clip, and its first row.
+        self._sets: dict[AdapterSet, tuple[float, int]] = {}
         self._waiting: list[tuple[Place, WorkItem]] = []
-        self._in_flight: dict[str, WorkItem] = {}
+        self._in_flight: dict[str, list[WorkItem]] = {}
         self._twins: dict[str, list[WorkItem]] = defaultdict(list)
+        self._attempts: Counter[str] = Counter()
+        for item in in_row_order:
+            longest_s, first_row = self._sets.get(_set_of(item), (0.0, item.request.row_index))
+            self._sets[_set_of(item)] = (max(longest_s, item.estimate.gpu_seconds), first_row)
         first: set[str] = set()
-        for item in sorted(items, key=lambda item: item.request.row_index):
-            self._first_row.setdefault(_set_of(item), item.request.row_index)
+        for item in in_row_order:
             if item.key in first:
                 self._twins[item.key].append(item)
             else:
@@ -42,57 +48,92 @@ class WorkQueue:
         heapq.heapify(self._waiting)
 
     def hand_out(self) -> WorkItem | None:
-        """The next item, now in flight; None if none waits."""
+        """The next item, now in flight under its attempt's number; None if none waits."""
         if not self._waiting:
             return None
-        item = heapq.heappop(self._waiting)[-1]
-        self._in_flight[item.key] = item
+        item = self._numbered(heapq.heappop(self._waiting)[-1])
+        self._in_flight[item.key] = [item]
         return item
 
     def peek(self) -> WorkItem | None:
         return self._waiting[0][-1] if self._waiting else None
 
+    def speculate(self, item: WorkItem) -> WorkItem:
+        """A rival of `item`, which is in flight: another attempt at the same key, from now on in flight as well."""
+        rival = self._numbered(item)
+        self._in_flight[item.key].append(rival)
+        return rival
+
+    def rivals(self, item: WorkItem) -> list[WorkItem]:
+        """The other attempts in flight at the key of `item`."""
+        return [other for other in self._in_flight.get(item.key, []) if other.attempt != item.attempt]
+
+    def is_in_flight(self, item: WorkItem) -> bool:
+        return any(other.attempt == item.attempt for other in self._in_flight.get(item.key, []))
+
     def settle(self, item: WorkItem) -> list[WorkItem]:
-        """`item` is done for good; returns the twins that share its video."""
+        """`item` is done for good, and its rivals are in flight no more; returns the twins that share its video."""
         del self._in_flight[item.key]
         return self._twins.pop(item.key, [])
 
-    def set_aside(self, item: WorkItem) -> None:
-        """`item` will not be tried again in this run. Its first twin takes its place: only the id differs, but the
-        row has its own right to be tried."""
+    def drop(self, item: WorkItem) -> bool:
+        """An attempt has ended without a clip. True if a rival still tries, so that nothing is to be decided."""
+        attempts = self._in_flight[item.key]
+        attempts[:] = [other for other in attempts if other.attempt != item.attempt]
+        if attempts:
+            return True
         del self._in_flight[item.key]
+        return False
+
+    def set_aside(self, item: WorkItem) -> None:
+        """A dropped item will not be tried again in this run. Its first twin takes its place: only the id differs,
+        but the row has its own right to be tried."""
         twins = self._twins.pop(item.key, [])
         if twins:
             heapq.heappush(self._waiting, (self._place(twins[0]), twins[0]))
             self._twins[item.key] = twins[1:]
 
     def take_back(self, item: WorkItem) -> None:
-        """`item`, which was in flight, goes back to its place in the order, with the attempt number it now bears."""
-        del self._in_flight[item.key]
+        """A dropped item goes back to its place in the order."""
         heapq.heappush(self._waiting, (self._place(item), item))
+
+    def num_attempts(self, item: WorkItem) -> int:
+        """How many attempts at this row were handed out so far."""
+        return self._attempts[item.request.id]
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + sum(len(twins) for twins in self._twins.values())
+        """Items that a worker could take now; twins are not among them."""
+        return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
 
     @property
     def in_flight(self) -> list[WorkItem]:
-        return list(self._in_flight.values())
+        return [item for attempts in self._in_flight.values() for item in attempts]
 
     def unfinished(self) -> list[WorkItem]:
-        """Everything that is neither settled nor set aside, in the order it would run."""
-        waiting = [item for _, item in sorted(self._waiting)]
+        """One item for everything that is neither settled nor set aside, in the order it would run."""
+        waiting = [item for _, item in sorted(self._waiting, key=lambda entry: entry[0])]
         twins = [twin for group in self._twins.values() for twin in group]
-        return [*self._in_flight.values(), *waiting, *twins]
+        return [*(attempts[0] for attempts in self._in_flight.values()), *waiting, *twins]
 
     @property
     def is_empty(self) -> bool:
         return not self._waiting and not self._in_flight
 
+    def _numbered(self, item: WorkItem) -> WorkItem:
+        self._attempts[item.request.id] += 1
+        return replace(item, attempt=self._attempts[item.request.id])
+
     def _place(self, item: WorkItem) -> Place:
-        return (-item.request.priority, self._first_row[_set_of(item)], item.request.row_index)
+        longest_s, first_row = self._sets[_set_of(item)]
+        request = item.request
+        return (-request.priority, -longest_s, first_row, -item.estimate.gpu_seconds, request.row_index)
 
 
-def _set_of(item: WorkItem) -> tuple[int, AdapterSet]:
-    adapters = tuple((adapter.sha256, adapter.strength) for adapter in item.request.wishes.adapters)
-    return item.request.priority, (item.request.recipe, adapters)
+def _set_of(item: WorkItem) -> AdapterSet:
+    request = item.request
+    return request.priority, request.recipe, tuple((use.sha256, use.strength) for use in request.wishes.adapters)

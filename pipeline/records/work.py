@@ -12,30 +12,39 @@ from pipeline.records.request import RenderRequest
 
 # Raised by hand whenever the same request would give other pixels or other sound than before.
 RENDER_REVISION = 3
+# How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
+MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload")
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a clip is expected to take on one worker, and from which kind of knowledge."""
+    """What a clip is expected to take on one worker, and from which kind of knowledge.
+
+    `longest_step_s` is the longest stretch of its work without a sign of life in between.
+    """
 
     flops: float
     gpu_seconds: float
     cost_usd: float
     source: str
+    longest_step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One clip to render. `attempt` counts from 1; `queued_ns` is when the item entered the queue (UTC)."""
+    """One clip to render. `attempt` counts from 1, `queued_ns` is when the item entered the queue (UTC).
+
+    `memory_rung` is one of MEMORY_RUNGS. With `alone` a worker does nothing else beside it: what then happens to the
+    worker is this item's doing.
+    """
 
     request: RenderRequest
     key: str
     estimate: Estimate
     attempt: int = 1
     queued_ns: int = 0
-
-    def next_attempt(self) -> WorkItem:
-        return replace(self, attempt=self.attempt + 1)
+    memory_rung: str = MEMORY_RUNGS[0]
+    alone: bool = False
 
     @property
     def file_stem(self) -> str:

@@ -1,0 +1,65 @@
+"""An item in the hands of a worker: how the worker says that it goes on, how it is asked to stop, and how it ends.
+
+Thread-safe: the worker's threads tell, the pool's thread reads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.errors import Cancelled
+from pipeline.records.outcome import Outcome
+from pipeline.records.work import WorkItem
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The last sign of life of an attempt: the `count`-th, at `step` of `num_steps` of `stage` (0 of 0: no steps)."""
+
+    count: int = 0
+    stage: str = ""
+    step: int = 0
+    num_steps: int = 0
+
+
+class Assignment:
+    """One attempt at `item`. `upcoming` are items that may come next, for whatever can be fetched ahead."""
+
+    def __init__(self, item: WorkItem, on_end: Callable[[Outcome], None], upcoming: tuple[WorkItem, ...] = ()) -> None:
+        self.item = item
+        self.upcoming = upcoming
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._beat = Beat()
+        self._is_cancelled = False
+        self._has_ended = False
+
+    def beat(self, stage: str, step: int = 0, num_steps: int = 0) -> None:
+        """Say that the work goes on. Raises Cancelled if it shall not."""
+        with self._lock:
+            self._beat = Beat(self._beat.count + 1, stage, step, num_steps)
+            if self._is_cancelled:
+                raise Cancelled(f"given up at step {step} of {stage}, as the driver asked")
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._is_cancelled = True
+
+    def end(self, outcome: Outcome) -> None:
+        """Give the answer. A second one is a bug of the worker and has no effect."""
+        with self._lock:
+            if self._has_ended:
+                return
+            self._has_ended = True
+        self._on_end(outcome)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._has_ended
+
+    @property
+    def last_beat(self) -> Beat:
+        with self._lock:
+            return self._beat
