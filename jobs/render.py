@@ -18,15 +18,15 @@ from jobs.interrupts import EXIT_INTERRUPTED, STOPPING
 from jobs.quote import quote_job
 from jobs.stage_weights import stage_model
 from pipeline.assembly.driver_side import Run, make_plan
-from pipeline.cluster.driver import StopRequest
+from pipeline.cluster.ending import StopRequest
 from pipeline.cluster.progress import say
 from pipeline.errors import UsageError
 from pipeline.planning.reach import in_submitted_job, refuse_lost_paths
 from pipeline.storage.filesystem import is_local
 from pipeline.storage.models import fingerprint
 
-# From a signal to the end of the process. `ray job stop` kills after 3 s.
-END_WITHIN_S = 2.2
+# What of the notice is kept: the process ends so long before it is over, and clips may go on until so long before.
+SPARE_S, CLOSING_S = 0.8, 2.4
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
         return quote_job(job, recipes)
     model_fingerprint = _staged(job)
     manifest, plan = make_plan(job, recipes, model_fingerprint)
-    return Run(job, recipes.usable, model_fingerprint, manifest, plan, _stop_on_signals()).execute()
+    return Run(
+        job, recipes.usable, model_fingerprint, manifest, plan, _stop_on_signals(job.cluster.stop_notice_s)
+    ).execute()
 
 
 def _staged(job: RenderJob) -> str:
@@ -51,16 +53,16 @@ def _staged(job: RenderJob) -> str:
         return stage_model(job.model, {})
 
 
-def _stop_on_signals() -> StopRequest:
+def _stop_on_signals(notice_s: float) -> StopRequest:
     """Ask the driver to stop at the first Ctrl-C, SIGTERM or hang-up; a second one ends the process at once."""
-    stop = StopRequest()
+    stop = StopRequest(notice_s=notice_s - CLOSING_S)
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if stop.reason is not None:
             os._exit(EXIT_INTERRUPTED)
         # Closing the books takes moments, but a store that does not answer may hold them up: what is written is whole
         # at any time, so the process can end without them.
-        last = threading.Timer(END_WITHIN_S, os._exit, (EXIT_INTERRUPTED,))
+        last = threading.Timer(notice_s - SPARE_S, os._exit, (EXIT_INTERRUPTED,))
         last.daemon = True
         last.start()
         stop.reason = f"interrupted ({signal.Signals(signum).name}); the same command goes on from here"

@@ -1,34 +1,37 @@
 """One item, start to finish: engine, file, check, commit. The only place where frames meet storage.
 
-Whatever goes wrong with an item comes back as a `Failed` outcome; what goes wrong with the worker itself raises.
-Does not choose items, retry, or write tables.
+An item has two halves. The device's ends with the last decoded frame, and the next item can begin; the host's encodes,
+checks, uploads and commits on a thread of its own meanwhile. One clip is finished at a time: a device that is two clips
+ahead of a slow store waits. Whatever goes wrong with an item comes back as a `Failed` outcome; what goes wrong with the
+worker itself raises. Does not choose items, retry, or write tables.
 """
 
 from __future__ import annotations
 
 import logging
 import resource
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from pipeline.cluster.assignment import Assignment
 from pipeline.config.recipe import RecipeConfig, resolve
 from pipeline.cost.meter import Meter
-from pipeline.engine.engine import RenderEngine
+from pipeline.engine.engine import RenderEngine, Streams
 from pipeline.errors import EngineFault, InvalidRequest, PipelineError, UsageError, fault_of
-from pipeline.media.mux import EncodeSettings, write_clip
+from pipeline.media.frame_buffer import FrameBuffer
+from pipeline.media.mux import EncodeReport, EncodeSettings, write_clip
 from pipeline.media.probe import ClipFacts, check_clip, probe_clip
 from pipeline.media.thumbnail import write_thumbnail
 from pipeline.records.outcome import (
     NS_PER_S,
     ClipAsset,
     Failed,
-    Outcome,
     Rendered,
     RunFacts,
     Timings,
@@ -40,6 +43,10 @@ from pipeline.storage.assets import AssetStore, Published
 from pipeline.storage.filesystem import storage_error
 
 log = logging.getLogger(__name__)
+
+# Decoded frames that wait for the encoder: a clip of 1920x1088 and 121 frames has 0.76 GB.
+MAX_BUFFERED_BYTES = 2 << 30
+BEAT_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,26 +60,44 @@ class ClipRecipe:
 
 @dataclass
 class _Attempt:
-    """The clock of one attempt: which state since when, and the nanoseconds of each state so far."""
+    """The clocks of one attempt: seconds of each state of the device, and of the host's part."""
 
-    item: WorkItem
+    assignment: Assignment
     meter: Meter
     now_ns: Callable[[], int]
+    stem: Path
     started_ns: int
     state: str = ""
     since_ns: int = 0
     spent_ns: dict[str, int] = field(default_factory=dict)
+    peak_gpu_bytes: int | None = None
+
+    @property
+    def item(self) -> WorkItem:
+        return self.assignment.item
 
     def enter(self, state: str) -> None:
+        """The device begins `state`. Raises Cancelled if the attempt was called off."""
+        self.assignment.beat(state)
+        self._book(state)
+        self.meter.enter(state, id=self.item.request.id, attempt=self.item.attempt)
+
+    def leave_device(self) -> None:
+        self._book("")
+        self.meter.enter("idle")
+
+    def enter_host(self, state: str) -> None:
+        self.assignment.beat(state)
+        self.meter.enter_host(state, id=self.item.request.id, attempt=self.item.attempt)
+
+    def _book(self, state: str) -> None:
         now_ns = self.now_ns()
         if self.state:
             self.spent_ns[self.state] = self.spent_ns.get(self.state, 0) + now_ns - self.since_ns
         self.state, self.since_ns = state, now_ns
-        self.meter.enter(state, id=self.item.request.id, attempt=self.item.attempt)
 
-    def timings(self, encode_busy_s: float) -> Timings:
-        """Seconds so far, the running state up to now."""
-        self.enter(self.state)
+    def timings(self, encode_busy_s: float, upload_s: float) -> Timings:
+        """Seconds so far; the device is done."""
         seconds = {state: spent / NS_PER_S for state, spent in self.spent_ns.items()}
         return Timings(
             queued_s=(self.started_ns - self.item.queued_ns) / NS_PER_S,
@@ -81,7 +106,7 @@ class _Attempt:
             upsample_s=seconds.get("upsample", 0.0),
             decode_s=seconds.get("decode", 0.0),
             encode_s=encode_busy_s,
-            upload_s=seconds.get("upload", 0.0),
+            upload_s=upload_s,
             wall_s=(self.now_ns() - self.started_ns) / NS_PER_S,
         )
 
@@ -102,29 +127,81 @@ class ClipWorker:
     now_ns: Callable[[], int]
     # The most device memory in use since the last call, in bytes; None where there is no device.
     take_peak_gpu_bytes: Callable[[], int | None]
+    # Held by the clip that is being finished.
+    _finishing: threading.Lock = field(default_factory=threading.Lock)
 
-    def execute(self, item: WorkItem) -> Outcome:
-        """Render and commit one item. Never raises for what the item, its files or the store did."""
-        attempt = _Attempt(item, self.meter, self.now_ns, self.now_ns())
-        attempt.enter("text_encode")
+    def execute(self, assignment: Assignment) -> None:
+        """Render one item, and commit it when its file is finished. Never raises for what the item, its files or the
+        store did."""
+        item = assignment.item
         stem = self.scratch / f"{item.key[:12]}.{item.attempt}"
+        attempt = _Attempt(assignment, self.meter, self.now_ns, stem, self.now_ns())
+        buffer = FrameBuffer(MAX_BUFFERED_BYTES)
+        has_finisher = False
         try:
-            return self._render(item, attempt, stem)
-        except OSError as error:
-            return self._failed(attempt, storage_error(error, f"writing the clip of row {item.request.id}"))
-        except Exception as error:  # one row's bug must not end the night for the others
-            if not isinstance(error, PipelineError):
-                log.error("row failed", exc_info=error, extra={"facts": {"id": item.request.id}})
-            return self._failed(attempt, error)
+            attempt.enter("text_encode")
+            self._fetch_ahead(assignment.upcoming)
+            self.take_peak_gpu_bytes()
+            streams = self._rendering(attempt)
+            self._await_turn(attempt)
+            has_finisher = True
+            threading.Thread(target=self._finish, args=(attempt, streams, buffer), name="finish", daemon=True).start()
+            self._decode(attempt, streams, buffer)
+        except Exception as error:  # noqa: BLE001 - one row's bug must not end the night for the others
+            if has_finisher:
+                buffer.complete(error)
+            else:
+                self.meter.forget(item.request.id, item.attempt)
+                assignment.end(self._failed(attempt, error))
+        finally:
+            attempt.leave_device()
+            attempt.peak_gpu_bytes = self.take_peak_gpu_bytes()
+            buffer.complete()
+
+    def _rendering(self, attempt: _Attempt) -> Streams:
+        """Everything of the device's half but for decoding the picture."""
+        item = attempt.item
+        adapters = self._own_adapters(item)
+        recipe = resolve(self.recipes[item.request.recipe].recipe, **item.request.wishes.overrides())
+        return self.engine.render(item.request, recipe, attempt.enter, adapters)
+
+    def _await_turn(self, attempt: _Attempt) -> None:
+        """Wait until the clip before is finished."""
+        if not self._finishing.acquire(blocking=False):
+            attempt.enter("wait")
+            while not self._finishing.acquire(timeout=BEAT_EVERY_S):
+                attempt.assignment.beat("wait")
+            attempt.enter("decode")
+
+    def _decode(self, attempt: _Attempt, streams: Streams, buffer: FrameBuffer) -> None:
+        with closing(streams.frames):
+            for chunk in streams.frames:
+                while not buffer.put(chunk, BEAT_EVERY_S):
+                    attempt.enter("wait")
+                attempt.enter("decode")
+
+    def _finish(self, attempt: _Attempt, streams: Streams, buffer: FrameBuffer) -> None:
+        """The host's half, on its own thread: the file, its check, the commit, the answer."""
+        item = attempt.item
+        try:
+            outcome: Rendered | Failed = self._finished(attempt, streams, buffer)
+        except Exception as error:  # noqa: BLE001 - as in `execute`
+            outcome = self._failed(attempt, error)
         finally:
             for suffix in (".mp4", ".jpg", ".theirs.mp4"):
                 with suppress(OSError):  # what cannot be removed now is swept with the run's attempts
-                    stem.with_name(stem.name + suffix).unlink(missing_ok=True)
-            self.meter.enter("idle")
+                    _with_suffix(attempt.stem, suffix).unlink(missing_ok=True)
+            self.meter.leave_host()
+            self.meter.forget(item.request.id, item.attempt)
+            self._finishing.release()
+        attempt.assignment.end(outcome)
 
     def _failed(self, attempt: _Attempt, error: Exception) -> Failed:
         item = attempt.item
-        self.meter.enter("failed", id=item.request.id, attempt=item.attempt)
+        if isinstance(error, OSError):
+            error = storage_error(error, f"writing the clip of row {item.request.id}")
+        elif not isinstance(error, PipelineError):
+            log.error("row failed", exc_info=error, extra={"facts": {"id": item.request.id}})
         return Failed(
             item=item,
             error_class=type(error).__name__,
@@ -134,47 +211,50 @@ class ClipWorker:
             finished_ns=self.now_ns(),
         )
 
-    def _render(self, item: WorkItem, attempt: _Attempt, stem: Path) -> Rendered:
-        request, clip = item.request, self.recipes[item.request.recipe]
-        video, thumbnail = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".jpg"))
-        self.take_peak_gpu_bytes()
-        adapters = self._own_adapters(item)
-        recipe = resolve(clip.recipe, **request.wishes.overrides())
-        streams = self.engine.render(request, recipe, attempt.enter, adapters)
+    def _finished(self, attempt: _Attempt, streams: Streams, buffer: FrameBuffer) -> Rendered:
+        item, clip = attempt.item, self.recipes[attempt.item.request.recipe]
+        video, thumbnail = (_with_suffix(attempt.stem, suffix) for suffix in (".mp4", ".jpg"))
         sample_rate_hz = streams.sample_rate_hz or 0
+        attempt.enter_host("encode")
         written = write_clip(
             video,
-            _then(streams.frames, lambda: attempt.enter("encode")),
+            buffer.chunks(),
             streams.waveform,
-            fps=request.fps,
-            num_frames=request.num_frames,
+            fps=item.request.fps,
+            num_frames=item.request.num_frames,
             sample_rate_hz=sample_rate_hz,
             settings=clip.encode,
         )
         write_thumbnail(thumbnail, written.first_frame, quality=clip.thumbnail_quality)
         facts = self._checked(video, item, sample_rate_hz)
-        attempt.enter("upload")
+        attempt.enter_host("upload")
+        return self._committed(attempt, streams, written, facts)
+
+    def _committed(self, attempt: _Attempt, streams: Streams, written: EncodeReport, facts: ClipFacts) -> Rendered:
+        item, since_s = attempt.item, time.monotonic()
+        video, thumbnail = (_with_suffix(attempt.stem, suffix) for suffix in (".mp4", ".jpg"))
         published = self.store.publish_video(video, item.file_stem)
-        published, facts = self._adopt_if_taken(published, facts, video, item, sample_rate_hz)
+        published, facts = self._adopt_if_taken(published, facts, video, item, streams.sample_rate_hz or 0)
         poster = self.store.publish_thumbnail(thumbnail, item.file_stem)
         rendered = Rendered(
             item=item,
             asset=_asset(published.uri, poster.uri, facts),
-            timings=attempt.timings(written.encode_busy_s),
+            timings=attempt.timings(written.encode_busy_s, time.monotonic() - since_s),
             started_ns=attempt.started_ns,
             finished_ns=self.now_ns(),
             prompt=streams.prompt,
-            peak_gpu_memory_bytes=self.take_peak_gpu_bytes(),
+            peak_gpu_memory_bytes=attempt.peak_gpu_bytes,
             peak_host_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        record = commit_record(rendered, self.meter.attempt_entries(), self.facts)
+        record = commit_record(rendered, self.meter.entries_of(item.request.id, item.attempt), self.facts)
         standing = self.store.commit(item.key, record)
         if (standing["run_id"], standing["attempt"]) != (self.facts.run_id, item.attempt):
             if standing["uri"] != published.uri:
                 self.store.discard(published)
                 self.store.discard(poster)
             rendered = _adopting(rendered, standing)
-        return replace(rendered, timings=attempt.timings(written.encode_busy_s), finished_ns=self.now_ns())
+        timings = attempt.timings(written.encode_busy_s, time.monotonic() - since_s)
+        return replace(rendered, timings=timings, finished_ns=self.now_ns())
 
     def _own_adapters(self, item: WorkItem) -> list[tuple[Path, float]]:
         """The row's own adapters (file, strength). What is wrong with them is wrong with the row, not with the job."""
@@ -186,6 +266,18 @@ class ClipWorker:
         except UsageError as error:
             raise InvalidRequest((f"loras and camera must be adapters that fit the model: {error}",)) from error
         return adapters
+
+    def _fetch_ahead(self, upcoming: Sequence[WorkItem]) -> None:
+        """Fetch the adapters of items that may come next, while the device works for this one."""
+        uses = [use for item in upcoming for use in item.request.wishes.adapters]
+
+        def fetch() -> None:
+            for use in uses:
+                with suppress(PipelineError):  # said when it is that item's turn
+                    local_adapter(use.uri, use.sha256, self.cache)
+
+        if uses:
+            threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
 
     def _checked(self, video: Path, item: WorkItem, sample_rate_hz: int) -> ClipFacts:
         """The facts read back from a file that is exactly what was asked for; EngineFault if it is not."""
@@ -243,6 +335,5 @@ def _asset(uri: str, thumbnail_uri: str, facts: ClipFacts) -> ClipAsset:
     )
 
 
-def _then(frames: Iterator[np.ndarray], when_done: Callable[[], None]) -> Iterator[np.ndarray]:
-    yield from frames
-    when_done()
+def _with_suffix(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)

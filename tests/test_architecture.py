@@ -48,12 +48,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.worker": {"pipeline.config", "pipeline.records", "pipeline.telemetry", "pipeline.engine.engine",
                         "pipeline.media", "pipeline.storage.assets", "pipeline.storage.filesystem",
                         "pipeline.storage.adapters",
-                        "pipeline.cost.meter", "pipeline.errors"},
-    # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions; the folder of
-    # a Ray of ours is named for its driver as files are.
+                        "pipeline.cost.meter", "pipeline.errors", "pipeline.cluster.assignment"},
+    # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions and sums the
+    # ledger; the folder of a Ray of ours is named for its driver as files are.
     "pipeline.cluster": {"pipeline.errors", "pipeline.config", "pipeline.telemetry", "pipeline.records",
-                         "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.cost.meter",
-                         "pipeline.cost.pricing", "pipeline.storage.processes"},
+                         "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.planning.pace",
+                         "pipeline.cost.meter", "pipeline.cost.pricing", "pipeline.cost.allocation",
+                         "pipeline.storage.processes"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
     "pipeline.assembly.worker_side": {"pipeline.assembly.brief", "pipeline.config", "pipeline.worker",
                                       "pipeline.engine", "pipeline.model",
@@ -69,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs.quote": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side", "pipeline.cost.pricing",
                    "pipeline.planning", "pipeline.storage"},
     "jobs.render": {"pipeline.config", "pipeline.errors", "pipeline.assembly.driver_side",
-                    "pipeline.cluster.driver", "pipeline.cluster.progress", "pipeline.storage.models",
+                    "pipeline.cluster.ending", "pipeline.cluster.progress", "pipeline.storage.models",
                     "pipeline.storage.filesystem", "pipeline.planning.reach"},
     "jobs.report": {"pipeline.config", "pipeline.errors", "pipeline.report.rebuild", "pipeline.storage.store"},
     "jobs.submit": {"pipeline.config", "pipeline.errors", "pipeline.planning.reach"},

@@ -9,7 +9,7 @@ import platform
 import secrets
 import sys
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.assembly.brief import WorkerBrief
-from pipeline.cluster.driver import Driver, Ending, StopRequest
+from pipeline.cluster.driver import Driver
+from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.local_pool import LocalPool
 from pipeline.cluster.pool import Pool, Worker
 from pipeline.cluster.progress import Counts, Progress, say
@@ -38,6 +39,7 @@ from pipeline.planning.plan import Plan, Planner, Selection, resolved
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.planning.reach import refuse_scattered_output
+from pipeline.records.gang import Member
 from pipeline.records.outcome import NS_PER_S, RunFacts, WorkerSeat, item_row, rejected_row, skipped_row, timestamp
 from pipeline.records.request import RequestLimits
 from pipeline.records.wishes import ModelRules
@@ -148,6 +150,13 @@ def make_plan(job: RenderJob, recipes: Recipes, fingerprint: str) -> tuple[Manif
     return manifest, planning.plan(planning.intake(manifest.rows()), selection, committed)
 
 
+def _build_worker(brief: WorkerBrief, meter: Meter, member: Member) -> Worker:
+    # Imported where it is called: this is what loads torch, and only a worker needs it.
+    from pipeline.assembly.worker_side import build_worker
+
+    return build_worker(brief, meter)
+
+
 @dataclass
 class Run:
     """One start of one driver, from its plan to its report."""
@@ -158,6 +167,7 @@ class Run:
     manifest: Manifest
     plan: Plan
     stop: StopRequest
+    build_worker: Callable[[WorkerBrief, Meter, Member], Worker] = _build_worker
 
     def __post_init__(self) -> None:
         self._now_ns = utc_clock()
@@ -208,7 +218,7 @@ class Run:
             pool=self._pool(),
             log=folder,
             facts=self.facts,
-            admission=Admission(self.job.budget_usd, self.job.deadline_ns),
+            admission=Admission(self.job.budget_usd, self.job.deadline_ns, self.job.max_failed_rows),
             stop=self.stop,
             counts=Counts(len(plan.to_render), len(plan.done), len(plan.rejected)),
             progress=Progress(sys.stderr),
@@ -223,21 +233,23 @@ class Run:
         element_bytes = 4 if self.job.precision.dtype == "float32" else 2
         kinds = demands(clips, self.job.model.size, element_bytes=element_bytes)
         brief = WorkerBrief(self.job, self.recipes, self.facts, self._device, kinds)
-        factory = partial(_build_worker, brief)
-        if self.job.cluster.pool == "in_process":
-            return LocalPool(factory, self._acquire)
+        factory = partial(self.build_worker, brief)
+        cluster = self.job.cluster
+        if cluster.pool == "in_process":
+            return LocalPool(factory, self._acquire, hang_after_s=cluster.hang_after_s)
         # Imported where it is called: Ray loads only when it is asked for.
         from pipeline.cluster.ray_pool import RayPool, WorkerPlan
 
-        cluster = self.job.cluster
         plan = WorkerPlan(
             run_id=self.run_id,
             device=self._device,
             price=self._price,
             threads=self.job.precision.torch_threads,
+            num_ranks=self.job.parallel.num_gpus,
             num_workers=cluster.num_workers,
-            max_useful=len(self.plan.to_render),
             start_timeout_s=cluster.start_timeout_s,
+            load_timeout_s=cluster.load_timeout_s,
+            hang_after_s=cluster.hang_after_s,
             refuse_nodes=partial(refuse_scattered_output, self.job),
             log_level=self.job.log_level,
         )
@@ -300,7 +312,7 @@ class Run:
 
     def _finish(self, folder: RunFolder, ending: Ending, early: list[dict[str, Any]], x_values: Any) -> int:
         rows = sorted([*early, *ending.rows], key=lambda row: row["row_index"])
-        allocation = allocate(ending.entries, ending.rendered_attempts)
+        allocation = allocate(ending.charges, ending.rendered_attempts, ending.wasted)
         _charge(rows, allocation, set(ending.rendered_attempts))
         code = _exit_code(rows, ending)
         if folder.fenced:
@@ -329,13 +341,6 @@ class Run:
         return timestamp(self._now_ns()).isoformat()
 
 
-def _build_worker(brief: WorkerBrief, meter: Meter) -> Worker:
-    # Imported where it is called: this is what loads torch, and only a worker needs it.
-    from pipeline.assembly.worker_side import build_worker
-
-    return build_worker(brief, meter)
-
-
 def _charge(rows: list[dict[str, Any]], allocation: Allocation, rendered: set[str]) -> None:
     """Fill the cost columns of the rows that used a worker."""
     for row in rows:
@@ -356,6 +361,7 @@ def _totals(rows: list[dict[str, Any]], allocation: Allocation, wall_s: float) -
         "cost_usd": float(allocation.total),
         "cost_unallocated_usd": float(allocation.unallocated),
         "cost_by_state_usd": {state: float(cost) for state, cost in sorted(allocation.by_state.items())},
+        "cost_wasted_by_cause_usd": {cause: float(cost) for cause, cost in sorted(allocation.wasted.items())},
         "video_seconds": sum(row["duration_s"] for row in rows if row["status"] == "rendered"),
     }
 

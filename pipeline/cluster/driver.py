@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Protocol
 
+from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.pool import Finished, Freed, Held, Noted, Pool, PoolEvent, WorkerBroken, WorkerGone
 from pipeline.cluster.progress import Counts, Progress
-from pipeline.cost.allocation import GIVEN_UP, Charges
+from pipeline.cost.allocation import GIVEN_UP
 from pipeline.errors import Hang, Interrupted, PipelineError, UnexpectedFailure, UsageError, WorkerLost
 from pipeline.planning.pace import Pace
 from pipeline.planning.policy import Admission, AfterFailure, CrashLoop, RowFailures, after_failure, retried
@@ -53,30 +54,6 @@ class RunLog(Protocol):
 
 
 @dataclass
-class StopRequest:
-    """Set by a signal handler or a notice; the loop looks at it between two ticks.
-
-    For `notice_s` seconds after it was seen, clips that are predicted to end by then may go on.
-    """
-
-    reason: str | None = None
-    notice_s: float = 0.0
-
-
-@dataclass
-class Ending:
-    """How the loop ended: the rows that changed, why it stopped early (if it did), and the ledger summed."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    rendered_attempts: dict[str, int] = field(default_factory=dict)
-    # Attempts (id, number) that gave no clip of ours, and why.
-    wasted: dict[tuple[str, int], str] = field(default_factory=dict)
-    charges: Charges = field(default_factory=Charges)
-    stopped_by: PipelineError | None = None
-    limit_reached: str | None = None
-
-
-@dataclass
 class Driver:
     """Runs `queue` on `pool` until it is empty, a limit is reached, or somebody asks to stop."""
 
@@ -103,6 +80,7 @@ class Driver:
     _stragglers_at_ns: int = 0
     _stop_seen_ns: int | None = None
     _seats: list[WorkerSeat] = field(default_factory=list)
+    _unwritten: list[LedgerEntry] = field(default_factory=list)
 
     def drive(self) -> Ending:
         """The whole run. Afterwards every worker is released and the ledger is closed.
@@ -136,7 +114,8 @@ class Driver:
 
     def _must_stop(self) -> bool:
         """If what is in flight must be given up now; the first sign of it lets no more work start."""
-        if self.ending.limit_reached is not None and self.admission.is_over(self.now_ns()):
+        if self.admission.is_over(self.now_ns()):
+            self.ending.limit_reached = self.ending.limit_reached or "the deadline has passed"
             return True
         if self.stop.reason is None:
             return False
@@ -211,6 +190,7 @@ class Driver:
         match event:
             case Finished(outcome):
                 self._crashes.item_ended()
+                self._count_spent()
                 self._settle(outcome)
                 self._flush_soon()
             case WorkerBroken(error):
@@ -349,9 +329,9 @@ class Driver:
         """Write the ledger up to now and renew the lease; what this wrote survives any kill."""
         self._flush_at_ns = self.now_ns() + round(self.flush_every_s * NS_PER_S)
         self._note_seats()
-        closed, running = self.pool.take_ledger()
-        self._count(closed)
-        self.log.write_ledger(closed, running, self.now_ns())
+        running = self._count_spent()
+        unwritten, self._unwritten = self._unwritten, []
+        self.log.write_ledger(unwritten, running, self.now_ns())
 
     def _held_groups(self) -> set[str]:
         return {seat.group_id for seat in self._seats if seat.released_ns is None}
@@ -363,9 +343,13 @@ class Driver:
             self._seats = seats
             self.log.set_workers(seats)
 
-    def _count(self, closed: list[LedgerEntry]) -> None:
+    def _count_spent(self) -> list[LedgerEntry]:
+        """Take the pool's ledger up to now; returns the running entries."""
+        closed, running = self.pool.take_ledger()
+        self._unwritten += closed
         self.ending.charges.add(closed)
         self.counts.spent_usd += float(sum((entry.cost_usd for entry in closed), Decimal(0)))
+        return running
 
     def _show(self) -> None:
         self.counts.num_running = self.queue.num_in_flight

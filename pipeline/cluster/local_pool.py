@@ -119,8 +119,9 @@ class LocalPool:
         self._released_ns = self._meter.release()
 
     def _end(self, outcome: Outcome) -> None:
+        item = outcome.item
         with self._change:
-            self._open = [a for a in self._open if a.item.attempt != outcome.item.attempt or a.item.key != outcome.item.key]
+            self._open = [open for open in self._open if (open.item.key, open.item.attempt) != (item.key, item.attempt)]
             self._change.notify_all()
         self._events.put(Finished(outcome))
 

@@ -34,6 +34,12 @@ class ClusterConfig:
     num_workers: int | None = None
     # How long a worker may wait for free resources, and Ray for its start.
     start_timeout_s: float = 60.0
+    # How long a worker may load its model.
+    load_timeout_s: float = 1800.0
+    # A worker that gives no sign of life for so long, and for five times its longest step, hangs and is replaced.
+    hang_after_s: float = 60.0
+    # From a signal to the end of the process; clips that are predicted to end in time go on. `ray job stop` gives 3 s.
+    stop_notice_s: float = 3.0
     # auto takes the GPU if this machine has one.
     device: str = "auto"
     # The nano model on one thread of a 2-core machine took 11 times as long as 0.05 TFLOP/s says (2026-11-20).
@@ -53,7 +59,9 @@ class ClusterConfig:
             require(self.num_workers >= 1, "cluster.num_workers", "1 or more", self.num_workers, "leave it out")
             ok = self.num_workers == 1 or self.pool == "ray"
             require(ok, "cluster.num_workers", "1 in one process", self.num_workers, "use cluster=local for more")
-        require(self.start_timeout_s > 0, "cluster.start_timeout_s", "above 0", self.start_timeout_s, "use 60")
+        for name, usual in (("start_timeout_s", 60), ("load_timeout_s", 1800), ("hang_after_s", 60)):
+            require(getattr(self, name) > 0, f"cluster.{name}", "above 0", getattr(self, name), f"use {usual}")
+        require(self.stop_notice_s >= 3, "cluster.stop_notice_s", "3 or more", self.stop_notice_s, "use 3")
         limit = self.gpu_memory_limit_gb
         require(limit is None or limit > 0, "cluster.gpu_memory_limit_gb", "above 0", limit, "leave it out")
         for name in ("assumed_cpu_tflops", "assumed_gpu_tflops"):

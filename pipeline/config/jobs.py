@@ -39,6 +39,8 @@ class RenderJob:
     budget_usd: float | None = None
     # ISO 8601; without a zone it is UTC.
     deadline: str | None = None
+    # End the job, resumable, when more rows than these have failed; no limit if left out.
+    max_failed_rows: int | None = None
     # false renders again what is committed, and checks that it comes out the same.
     resume: bool = True
     # Judge the manifest, print the plan and its cost, write nothing.
@@ -60,6 +62,8 @@ class RenderJob:
         if self.budget_usd is not None:
             ok = math.isfinite(self.budget_usd) and self.budget_usd >= 0
             require(ok, "budget_usd", "a number of dollars, 0 or more", self.budget_usd, "leave it out for no limit")
+        if self.max_failed_rows is not None:
+            require(self.max_failed_rows >= 0, "max_failed_rows", "0 or more", self.max_failed_rows, "leave it out")
         if self.run_id is not None:
             ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id) is not None
             require(ok, "run_id", "letters, digits, '.', '_' and '-'", self.run_id, "leave it out for a fresh one")

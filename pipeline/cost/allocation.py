@@ -59,7 +59,7 @@ class RowCost:
 
 @dataclass
 class Allocation:
-    """Costs of a run: per row, per state, wasted by cause, in all. `unallocated` is what no rendered row could carry."""
+    """Costs of a run: per row, per state, wasted by cause, in all. `unallocated` is what no rendered row can carry."""
 
     rows: dict[str, RowCost] = field(default_factory=dict)
     by_state: dict[str, Decimal] = field(default_factory=dict)

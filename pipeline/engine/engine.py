@@ -6,7 +6,7 @@ parts in `loading.py`; where the frames go and what a clip costs is known above.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +56,7 @@ class Streams:
     A model without sound gives no waveform and no rate.
     """
 
-    frames: Iterator[np.ndarray]
+    frames: Generator[np.ndarray, None, None]
     waveform: np.ndarray | None
     sample_rate_hz: int | None
     # As the model was given it: enhanced, if the request asked for that.
@@ -214,7 +214,9 @@ class RenderEngine:
             latent_BCFHW = torch.lerp(latent_BCFHW, drawn_BCFHW, decode.noise_scale)
         return compress_range(latent_BCFHW, compression=decode.tone_map) if decode.tone_map else latent_BCFHW
 
-    def _frames(self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig) -> Iterator[np.ndarray]:
+    def _frames(
+        self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig
+    ) -> Generator[np.ndarray, None, None]:
         noise = DecodeNoise(recipe.decode.timestep) if self.video_decoder.takes_noise else None
         with _memory_reported(shape), self.residency.using(VIDEO_DECODER):
             yield from decode_frames(self.video_decoder, latent_BCFHW, shape, noise=noise, resize=recipe.resize)

@@ -206,6 +206,7 @@ def item_row(item: WorkItem, facts: RunFacts, *, status: str) -> dict[str, Any]:
         "parallel": facts.parallel,
         "parallel_reason": "one worker a clip",
         "num_gpus": 1,
+        "memory_rung": item.memory_rung,
         "estimated_gpu_seconds": item.estimate.gpu_seconds,
         "estimated_cost_usd": item.estimate.cost_usd,
     }

@@ -13,29 +13,106 @@ from pipeline.errors import (
     StorageFull,
     fault_of,
 )
-from pipeline.planning.policy import Admission, AfterFailure, after_failure
+from pipeline.planning.policy import (
+    MAX_FAILURES_OF_A_ROW,
+    Admission,
+    AfterFailure,
+    CrashLoop,
+    RowFailures,
+    after_failure,
+    retried,
+    silence_limit_s,
+)
+from pipeline.records.work import MEMORY_RUNGS
+from tests.unit.makers import item
 
 RETRY, ASIDE, STOP = AfterFailure.RETRY, AfterFailure.SET_ASIDE, AfterFailure.STOP_JOB
+RUNG, BACK = AfterFailure.NEXT_RUNG, AfterFailure.TAKE_BACK
+
+
+def decisions_of(*faults: str) -> list[AfterFailure]:
+    """What follows when a row fails in these ways, one after the other."""
+    failures, work, decisions = RowFailures(), item(), []
+    for fault in faults:
+        decisions.append(after_failure(fault, work, failures))
+        work = retried(work, decisions[-1])
+    return decisions
 
 
 @pytest.mark.parametrize(
     ("fault", "decisions"),
     [
         ("InvalidRequest", [ASIDE]),
-        ("OutOfMemory", [ASIDE]),
+        ("OutOfMemory", [RUNG, RUNG, ASIDE]),
         ("EngineFault", [RETRY, ASIDE]),
-        ("StorageUnavailable", [RETRY, RETRY, STOP]),
+        ("StorageUnavailable", [RETRY, STOP]),
         ("StorageFull", [STOP]),
         ("UsageError", [STOP]),
         ("WorkerLost", [RETRY, ASIDE]),
+        ("Hang", [RETRY, ASIDE]),
+        ("Preempted", [BACK] * 9),
+        ("Cancelled", [BACK] * 9),
     ],
 )
 def test_the_class_of_a_failure_decides(fault: str, decisions: list[AfterFailure]) -> None:
-    assert [after_failure(fault, attempt) for attempt in range(1, len(decisions) + 1)] == decisions
+    assert decisions_of(*[fault] * len(decisions)) == decisions
 
 
 def test_every_fault_has_a_decision() -> None:
-    assert all(after_failure(cls.__name__, 1) for cls in FAULTS)
+    assert all(decisions_of(cls.__name__) for cls in FAULTS)
+
+
+def test_failures_of_one_class_do_not_use_up_the_tries_of_another() -> None:
+    assert decisions_of("WorkerLost", "EngineFault", "OutOfMemory") == [RETRY, RETRY, RUNG]
+
+
+def test_a_row_that_fails_in_another_way_each_time_is_set_aside_in_the_end() -> None:
+    faults = ["WorkerLost", "EngineFault", "OutOfMemory", "OutOfMemory", "Hang"]
+    assert len(faults) == MAX_FAILURES_OF_A_ROW and decisions_of(*faults)[-1] is ASIDE
+    assert decisions_of(*faults[:-1])[-1] is RUNG
+
+
+def test_what_was_taken_back_does_not_count_as_a_failure() -> None:
+    assert decisions_of("Preempted", "WorkerLost", "Preempted", "WorkerLost") == [BACK, RETRY, BACK, ASIDE]
+
+
+def test_a_clip_that_does_not_fit_goes_down_the_rungs_and_keeps_the_rung() -> None:
+    work = retried(item(), RUNG)
+    assert work.memory_rung == MEMORY_RUNGS[1] and not work.alone
+    again = retried(work, RETRY)
+    assert again.memory_rung == MEMORY_RUNGS[1] and again.alone
+
+
+def test_who_may_have_ended_a_worker_is_tried_alone_next() -> None:
+    assert retried(item(), RETRY).alone and not retried(item(), BACK).alone
+
+
+def test_a_crash_loop_is_told_from_a_poison_row_and_from_a_machine_that_goes() -> None:
+    loop = CrashLoop(num_workers=8)
+    assert not any(loop.worker_lost([], "its machine went") for _ in range(7))
+    loop.item_ended()
+    assert not any(loop.worker_lost(["poison"], "segfault") for _ in range(50))
+    assert [bool(loop.worker_lost([], "driver mismatch")) for _ in range(8)] == [False] * 7 + [True]
+
+
+def test_a_job_in_which_every_row_ends_its_worker_ends_itself_and_names_the_cause() -> None:
+    loop = CrashLoop(num_workers=2)
+    reasons = [loop.worker_lost([f"row {n}"], "CUDA driver mismatch") for n in range(8)]
+    assert reasons[:-1] == [None] * 7 and "CUDA driver mismatch" in (reasons[-1] or "")
+
+
+def test_silence_is_a_hang_after_a_minute_or_five_steps() -> None:
+    assert (silence_limit_s(2.0, 60.0), silence_limit_s(30.0, 60.0)) == (60.0, 150.0)
+
+
+def test_the_deadline_ends_what_is_in_flight_too() -> None:
+    admission = Admission(deadline_ns=10)
+    assert (admission.is_over(9), admission.is_over(10), Admission().is_over(10)) == (False, True, False)
+
+
+def test_so_many_failed_rows_end_the_job() -> None:
+    admission = Admission(max_failed_rows=2)
+    assert admission.too_many_failed(2) is None and "max_failed_rows=2" in (admission.too_many_failed(3) or "")
 
 
 @pytest.mark.parametrize(

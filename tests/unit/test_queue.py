@@ -37,6 +37,7 @@ def test_a_twin_gets_its_own_try_when_the_first_is_set_aside() -> None:
     queue = WorkQueue([item(0, key="k"), item(1, key="k"), item(2, key="k")])
     first = queue.hand_out()
     assert first is not None
+    assert not queue.drop(first)
     queue.set_aside(first)
     second = queue.hand_out()
     assert second is not None and second.request.id == "row-1"
@@ -47,7 +48,8 @@ def test_an_item_taken_back_comes_next_with_its_attempt_number() -> None:
     queue = WorkQueue([item(0), item(1)])
     first = queue.hand_out()
     assert first is not None
-    queue.take_back(first.next_attempt())
+    assert not queue.drop(first)
+    queue.take_back(first)
     again = queue.hand_out()
     assert again is not None and (again.request.id, again.attempt) == ("row-0", 2)
 
@@ -81,5 +83,48 @@ def test_an_item_taken_back_comes_back_to_its_set() -> None:
     queue = WorkQueue([with_adapters(0, "a"), with_adapters(1, "b"), with_adapters(2, "a"), with_adapters(3)])
     first = queue.hand_out()
     assert first is not None
-    queue.take_back(first.next_attempt())
+    assert not queue.drop(first)
+    queue.take_back(first)
     assert drained(queue) == ["row-0", "row-2", "row-1", "row-3"]
+
+
+def with_seconds(row_index: int, seconds: float, **row: Any) -> WorkItem:
+    work = item(row_index, **row)
+    return replace(work, estimate=replace(work.estimate, gpu_seconds=seconds))
+
+
+def test_the_longest_predicted_comes_first_within_a_priority() -> None:
+    seconds = [3.0, 9.0, 1.0, 9.0]
+    queue = WorkQueue([*(with_seconds(i, s) for i, s in enumerate(seconds)), with_seconds(4, 2.0, priority=1)])
+    assert drained(queue) == ["row-4", "row-1", "row-3", "row-0", "row-2"]
+
+
+def test_sets_of_adapters_stay_together_the_one_with_the_longest_clip_first() -> None:
+    def work(row_index: int, sha: str, seconds: float) -> WorkItem:
+        plain = with_adapters(row_index, sha)
+        return replace(plain, estimate=replace(plain.estimate, gpu_seconds=seconds))
+
+    queue = WorkQueue([work(0, "a", 5.0), work(1, "b", 7.0), work(2, "a", 6.0), work(3, "b", 1.0)])
+    assert drained(queue) == ["row-1", "row-3", "row-2", "row-0"]
+
+
+def test_a_rival_is_another_attempt_and_the_first_to_end_settles_both() -> None:
+    queue = WorkQueue([item(0), item(1, key="0" * 64)])
+    first = queue.hand_out()
+    assert first is not None
+    rival = queue.speculate(first)
+    assert rival.attempt == 2 and queue.rivals(first) == [rival] and queue.num_in_flight == 1
+    queue.settle(rival)
+    assert not queue.is_in_flight(first) and not queue.rivals(first)
+
+
+def test_an_attempt_that_fails_beside_its_rival_decides_nothing() -> None:
+    queue = WorkQueue([item(0)])
+    first = queue.hand_out()
+    assert first is not None
+    rival = queue.speculate(first)
+    assert queue.drop(first) and queue.is_in_flight(rival)
+    assert not queue.drop(rival) and queue.is_empty
+    queue.take_back(rival)
+    third = queue.hand_out()
+    assert third is not None and third.attempt == 3
