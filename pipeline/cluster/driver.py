@@ -5,6 +5,7 @@ Every decision is a pure function elsewhere (`planning.queue`, `planning.policy`
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -36,8 +37,10 @@ from pipeline.records.work import WorkItem
 
 # How long the loop sleeps at most, and so how late it notices a signal.
 TICK_S = 0.1
-# An outcome is on the ledger's disk so soon; many that come together are written together.
-FLUSH_AFTER_OUTCOME_S = 0.2
+# What happened is in the books so soon; what comes together is written together, and where many workers make the
+# books large, writing them takes no more than this share of the driver's time.
+FLUSH_SOON_S = 0.2
+FLUSH_SHARE = 0.05
 STRAGGLERS_EVERY_S = 0.5
 # Why an attempt gave no clip of ours, where no failure class says it.
 DUPLICATE = "duplicate"
@@ -77,6 +80,7 @@ class Driver:
     _crashes: CrashLoop = field(default_factory=lambda: CrashLoop(1))
     _estimated_usd: float = 0.0
     _flush_at_ns: int = 0
+    _flush_took_s: float = 0.0
     _stragglers_at_ns: int = 0
     _stop_seen_ns: int | None = None
     _seats: list[WorkerSeat] = field(default_factory=list)
@@ -93,7 +97,7 @@ class Driver:
                 if self._must_stop():
                     break
                 if not started and self._admit(start_only=True):
-                    self.pool.want(self.queue.num_waiting)
+                    self._want_workers()
                     self.pool.start()
                     started = True
                     self._flush()
@@ -101,9 +105,8 @@ class Driver:
                 if self.ending.limit_reached is not None and not self.queue.num_in_flight:
                     break
                 self._race_stragglers()
-                self.pool.want(self._num_useful())
+                self._want_workers()
                 self._apply(self.pool.next_event(TICK_S))
-                self._note_seats()
                 self._flush_if_due()
                 self._show()
         except PipelineError as error:
@@ -156,9 +159,11 @@ class Driver:
         upcoming = self.queue.peek()
         self.pool.submit(item, () if upcoming is None else (upcoming,))
 
-    def _num_useful(self) -> int:
-        """How many workers have, or could have, something to do."""
-        return (self.queue.num_waiting if self._may_start else 0) + len(self.queue.in_flight)
+    def _want_workers(self) -> None:
+        """As many workers as have, or could have, something to do; at the tail some are kept to race stragglers."""
+        num_waiting = self.queue.num_waiting if self._may_start else 0
+        at_tail = self._may_start and num_waiting == 0
+        self.pool.want(num_waiting + self.queue.num_open, max(1, self.queue.num_open // 20) if at_tail else 0)
 
     @property
     def _may_start(self) -> bool:
@@ -167,10 +172,9 @@ class Driver:
     def _refusal(self, item: WorkItem) -> str | None:
         """Why `item` may not start. Estimates are scaled by what the clips so far really took."""
         ratio = self.counts.spent_usd / self._estimated_usd if self._estimated_usd > 0 else 1.0
-        in_flight_usd = sum(other.estimate.cost_usd for other in self.queue.in_flight)
         return self.admission.refusal(
             spent_usd=self.counts.spent_usd,
-            in_flight_usd=in_flight_usd * ratio,
+            in_flight_usd=self.queue.open_usd * ratio,
             next_usd=item.estimate.cost_usd * ratio,
             next_s=item.estimate.gpu_seconds * ratio,
             now_ns=self.now_ns(),
@@ -200,7 +204,10 @@ class Driver:
                 self._flush_soon()
             case Noted(name, facts):
                 self.log.log(name, self.now_ns(), **facts)
-            case Freed() | None:
+                self._flush_soon()
+            case Freed():
+                self._flush_soon()
+            case None:
                 pass
 
     def _settle(self, outcome: Outcome) -> None:
@@ -229,6 +236,7 @@ class Driver:
         self.counts.num_rendered += 1
         for rival in self.queue.rivals(item):
             self.pool.cancel(rival)
+            self.ending.wasted[rival.request.id, rival.attempt] = DUPLICATE
         for twin in self.queue.settle(item):
             self._record("skipped", skipped_row(twin, row, self.facts))
             self.counts.num_skipped += 1
@@ -319,7 +327,8 @@ class Driver:
         self.ending.stopped_by = bug
 
     def _flush_soon(self) -> None:
-        self._flush_at_ns = min(self._flush_at_ns, self.now_ns() + round(FLUSH_AFTER_OUTCOME_S * NS_PER_S))
+        soon_s = max(FLUSH_SOON_S, self._flush_took_s / FLUSH_SHARE)
+        self._flush_at_ns = min(self._flush_at_ns, self.now_ns() + round(soon_s * NS_PER_S))
 
     def _flush_if_due(self) -> None:
         if self.now_ns() >= self._flush_at_ns:
@@ -327,11 +336,13 @@ class Driver:
 
     def _flush(self) -> None:
         """Write the ledger up to now and renew the lease; what this wrote survives any kill."""
+        started_s = time.monotonic()
         self._flush_at_ns = self.now_ns() + round(self.flush_every_s * NS_PER_S)
         self._note_seats()
         running = self._count_spent()
         unwritten, self._unwritten = self._unwritten, []
         self.log.write_ledger(unwritten, running, self.now_ns())
+        self._flush_took_s = time.monotonic() - started_s
 
     def _held_groups(self) -> set[str]:
         return {seat.group_id for seat in self._seats if seat.released_ns is None}

@@ -58,7 +58,7 @@ class LocalPool:
         self._meter = self._acquire()
         self._thread.start()
 
-    def want(self, num_workers: int) -> None:
+    def want(self, num_workers: int, num_spare: int = 0) -> None:
         """The one worker lives as long as its pool."""
 
     def num_free(self) -> int:

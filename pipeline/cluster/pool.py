@@ -88,9 +88,9 @@ class Pool(Protocol):
 
     def start(self) -> None: ...
 
-    def want(self, num_workers: int) -> None:
+    def want(self, num_workers: int, num_spare: int = 0) -> None:
         """How many workers the queue can use from now on. Missing ones are started, up to the pool's own bound; of
-        surplus ones those that hold nothing are given back."""
+        those beyond, `num_spare` are kept and others that hold nothing are given back."""
         ...
 
     def num_free(self) -> int:

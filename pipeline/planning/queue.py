@@ -35,6 +35,9 @@ class WorkQueue:
         self._in_flight: dict[str, list[WorkItem]] = {}
         self._twins: dict[str, list[WorkItem]] = defaultdict(list)
         self._attempts: Counter[str] = Counter()
+        # Attempts in flight and their estimates, kept as sums: asked for before each item of a large fleet.
+        self.num_open = 0
+        self.open_usd = 0.0
         for item in in_row_order:
             longest_s, first_row = self._sets.get(_set_of(item), (0.0, item.request.row_index))
             self._sets[_set_of(item)] = (max(longest_s, item.estimate.gpu_seconds), first_row)
@@ -51,7 +54,7 @@ class WorkQueue:
         """The next item, now in flight under its attempt's number; None if none waits."""
         if not self._waiting:
             return None
-        item = self._numbered(heapq.heappop(self._waiting)[-1])
+        item = self._opened(heapq.heappop(self._waiting)[-1])
         self._in_flight[item.key] = [item]
         return item
 
@@ -60,7 +63,7 @@ class WorkQueue:
 
     def speculate(self, item: WorkItem) -> WorkItem:
         """A rival of `item`, which is in flight: another attempt at the same key, from now on in flight as well."""
-        rival = self._numbered(item)
+        rival = self._opened(item)
         self._in_flight[item.key].append(rival)
         return rival
 
@@ -73,12 +76,14 @@ class WorkQueue:
 
     def settle(self, item: WorkItem) -> list[WorkItem]:
         """`item` is done for good, and its rivals are in flight no more; returns the twins that share its video."""
-        del self._in_flight[item.key]
+        for attempt in self._in_flight.pop(item.key):
+            self._close(attempt)
         return self._twins.pop(item.key, [])
 
     def drop(self, item: WorkItem) -> bool:
         """An attempt has ended without a clip. True if a rival still tries, so that nothing is to be decided."""
         attempts = self._in_flight[item.key]
+        self._close(item)
         attempts[:] = [other for other in attempts if other.attempt != item.attempt]
         if attempts:
             return True
@@ -124,9 +129,15 @@ class WorkQueue:
     def is_empty(self) -> bool:
         return not self._waiting and not self._in_flight
 
-    def _numbered(self, item: WorkItem) -> WorkItem:
+    def _opened(self, item: WorkItem) -> WorkItem:
+        self.num_open += 1
+        self.open_usd += item.estimate.cost_usd
         self._attempts[item.request.id] += 1
         return replace(item, attempt=self._attempts[item.request.id])
+
+    def _close(self, item: WorkItem) -> None:
+        self.num_open -= 1
+        self.open_usd -= item.estimate.cost_usd
 
     def _place(self, item: WorkItem) -> Place:
         longest_s, first_row = self._sets[_set_of(item)]

@@ -42,7 +42,7 @@ class ScriptedPool:
     def num_free(self) -> int:
         return 0 if self.events else 1
 
-    def want(self, num_workers: int) -> None:
+    def want(self, num_workers: int, num_spare: int = 0) -> None:
         self.wanted.append(num_workers)
 
     def cancel(self, item: WorkItem) -> None:
