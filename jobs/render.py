@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     model_fingerprint = _staged(job)
     manifest, plan = make_plan(job, recipes, model_fingerprint)
     return Run(
-        job, recipes.usable, model_fingerprint, manifest, plan, _stop_on_signals(job.cluster.stop_notice_s)
+        job, recipes.usable, model_fingerprint, manifest, plan, stop_on_signals(job.cluster.stop_notice_s)
     ).execute()
 
 
@@ -53,7 +53,7 @@ def _staged(job: RenderJob) -> str:
         return stage_model(job.model, {})
 
 
-def _stop_on_signals(notice_s: float) -> StopRequest:
+def stop_on_signals(notice_s: float) -> StopRequest:
     """Ask the driver to stop at the first Ctrl-C, SIGTERM or hang-up; a second one ends the process at once."""
     stop = StopRequest(notice_s=notice_s - CLOSING_S)
 

@@ -17,12 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.assignment import Assignment
 from pipeline.config.recipe import RecipeConfig, resolve
 from pipeline.cost.meter import Meter
-from pipeline.engine.engine import RenderEngine, Streams
 from pipeline.errors import EngineFault, InvalidRequest, PipelineError, UsageError, fault_of
 from pipeline.media.frame_buffer import FrameBuffer
 from pipeline.media.mux import EncodeReport, EncodeSettings, write_clip
@@ -41,6 +40,10 @@ from pipeline.records.work import WorkItem
 from pipeline.storage.adapters import local_adapter
 from pipeline.storage.assets import AssetStore, Published
 from pipeline.storage.filesystem import storage_error
+
+if TYPE_CHECKING:
+    # The engine is handed in: whoever hands in another one (tests/chaos) need not load torch.
+    from pipeline.engine.engine import RenderEngine, Streams
 
 log = logging.getLogger(__name__)
 

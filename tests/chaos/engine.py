@@ -1,0 +1,127 @@
+"""An engine without a model: clips of moving colour in milliseconds, and rows that do harm as their prompt says.
+
+The worker around it is the real one: encoding, checking, uploading and committing are what a night does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.assembly.brief import WorkerBrief
+from pipeline.config.recipe import RecipeConfig
+from pipeline.cost.meter import Meter
+from pipeline.errors import OutOfMemory
+from pipeline.media.mux import EncodeSettings
+from pipeline.records.gang import Member
+from pipeline.records.request import RenderRequest
+from pipeline.records.work import MEMORY_RUNGS
+from pipeline.storage.assets import AssetStore
+from pipeline.storage.store import Store
+from pipeline.worker import ClipRecipe, ClipWorker
+
+SAMPLE_RATE_HZ = 24_000
+NUM_STEPS = 4
+ENCODE = EncodeSettings(preset="ultrafast", crf=30, x264_threads=1, audio_bitrate_kbps=32)
+
+
+@dataclass(frozen=True)
+class ColourStreams:
+    """What `engine.Streams` is, without its imports."""
+
+    frames: Generator[np.ndarray, None, None]
+    waveform: np.ndarray
+    sample_rate_hz: int
+    prompt: str
+
+
+@dataclass(frozen=True)
+class NothingFused:
+    def check(self, adapters: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class ColourEngine:
+    """Follows the shape and the seed of a request, `step_s` a step."""
+
+    step_s: float
+    fused: NothingFused = field(default_factory=NothingFused)
+
+    def render(
+        self,
+        request: RenderRequest,
+        recipe: RecipeConfig,
+        on_stage: Callable[[str], None],
+        adapters: Any = (),
+        *,
+        memory_rung: str = MEMORY_RUNGS[0],
+        on_step: Callable[[str, int, int], None] = lambda stage, step, num_steps: None,
+    ) -> ColourStreams:
+        on_stage("denoise")
+        for step in range(NUM_STEPS):
+            time.sleep(self.step_s)
+            on_step("denoise", step + 1, NUM_STEPS)
+            if step == NUM_STEPS // 2:
+                do_harm(request.prompt.split(), memory_rung)
+        on_stage("decode")
+        shape = request.shape.asked
+        clock = np.arange(round(shape.num_frames / shape.fps * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
+        tone = 0.2 * np.sin(2 * np.pi * (200 + request.seed % 400) * clock, dtype=np.float32)
+        return ColourStreams(
+            _frames(request), np.stack([tone, tone]).astype(np.float32), SAMPLE_RATE_HZ, request.prompt
+        )
+
+
+def _frames(request: RenderRequest) -> Generator[np.ndarray, None, None]:
+    """Chunks of uint8 frames (F,H,W,3) whose colour is the seed's and moves with time."""
+    shape = request.shape.asked
+    generator = np.random.default_rng(request.seed % 2**32)
+    base, drift = generator.integers(0, 200, 3), generator.integers(1, 6, 3)
+    for first in range(0, shape.num_frames, 8):
+        times = np.arange(first, min(first + 8, shape.num_frames))
+        colours = ((base + drift * times[:, None]) % 256).astype(np.uint8)
+        yield np.broadcast_to(colours[:, None, None], (len(times), shape.height, shape.width, 3)).copy()
+
+
+def do_harm(words: list[str], memory_rung: str) -> None:
+    """What a poison row does in the middle of its steps; nothing for any other prompt."""
+    match words[0]:
+        case "raise":
+            raise ZeroDivisionError("this row divides by zero")
+        case "segfault":
+            ctypes.string_at(0)
+        case "loop":
+            while True:
+                time.sleep(0.05)
+        case "memory":
+            np.zeros(2**62, dtype=np.uint8)
+        case "killed":  # as the kernel does to whom it finds too large
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "tight" if memory_rung != words[1]:
+            raise OutOfMemory(f"fits on the rung {words[1]} only, got {memory_rung}")
+
+
+def build_colour_worker(
+    step_s: float, open_output: Callable[[str], Store], brief: WorkerBrief, meter: Meter, member: Member
+) -> ClipWorker:
+    """As `assembly.worker_side.build_worker`, with the engine above."""
+    meter.enter("weight_load")
+    store = open_output(brief.job.output)
+    return ClipWorker(
+        engine=ColourEngine(step_s),  # type: ignore[arg-type] - what the worker uses of one
+        store=AssetStore(store),
+        scratch=store.scratch(brief.facts.run_id),
+        cache=store.scratch(brief.facts.run_id),
+        meter=meter,
+        recipes={name: ClipRecipe(recipe, ENCODE, 70) for name, recipe in brief.recipes.items()},
+        facts=brief.facts,
+        now_ns=meter.now_ns,
+        take_peak_gpu_bytes=lambda: None,
+    )
