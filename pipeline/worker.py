@@ -130,6 +130,8 @@ class ClipWorker:
     now_ns: Callable[[], int]
     # The most device memory in use since the last call, in bytes; None where there is no device.
     take_peak_gpu_bytes: Callable[[], int | None]
+    # If a clip that somebody committed since the run was planned is taken as it is.
+    resume: bool = True
     # Held by the clip that is being finished.
     _finishing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -143,6 +145,9 @@ class ClipWorker:
         has_finisher = False
         try:
             attempt.enter("text_encode")
+            if (standing := self._standing(item)) is not None:
+                assignment.end(self._adopted(attempt, standing))
+                return
             self._fetch_ahead(assignment.upcoming)
             self.take_peak_gpu_bytes()
             streams = self._rendering(attempt)
@@ -160,6 +165,21 @@ class ClipWorker:
             attempt.leave_device()
             attempt.peak_gpu_bytes = self.take_peak_gpu_bytes()
             buffer.complete()
+
+    def _standing(self, item: WorkItem) -> Mapping[str, Any] | None:
+        """The record of the item, if another driver, or a worker of one that died, committed it since the plan."""
+        return self.store.standing(item.key) if self.resume else None
+
+    def _adopted(self, attempt: _Attempt, standing: Mapping[str, Any]) -> Rendered:
+        return Rendered(
+            item=attempt.item,
+            asset=ClipAsset(**{name: standing[name] for name in ClipAsset.__slots__}),
+            timings=Timings(queued_s=(attempt.started_ns - attempt.item.queued_ns) / NS_PER_S),
+            started_ns=attempt.started_ns,
+            finished_ns=self.now_ns(),
+            prompt=standing["prompt"],
+            adopted_from=standing["run_id"],
+        )
 
     def _rendering(self, attempt: _Attempt) -> Streams:
         """Everything of the device's half but for decoding the picture."""

@@ -43,6 +43,7 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
         facts=brief.facts,
         now_ns=meter.now_ns,
         take_peak_gpu_bytes=_take_peak_gpu_bytes if device == "cuda" else lambda: None,
+        resume=job.resume,
     )
 
 

@@ -3,7 +3,7 @@
 After any number of killed runs and one run that ended:
   1. every manifest row has exactly one result, and it is `rendered` or `skipped`;
   2. every commit's video is there, has the recorded hash and decodes to its last frame;
-  3. nothing that was committed was started again;
+  3. nothing that was committed was rendered again;
   4. each run's ledger partitions each worker's held time within 1 ms, with at most 5 s `unknown` a kill
      (of the driver, or of a worker);
   5. nothing is left in `_attempts`, and no file is there that no record names.
@@ -98,14 +98,14 @@ def decoded_frames(video: Path) -> int:
 
 
 def check_nothing_was_done_twice(output: Path) -> None:
-    """Runs of one after the other: an attempt that starts after a record was finished does again what is done."""
+    """A device that begins to denoise for a row after its record was finished does again what is done."""
     finished_ns = {
-        record["key"]: datetime.fromisoformat(record["finished_at"]).timestamp() * 1e9 for record in records_of(output)
+        record["id"]: datetime.fromisoformat(record["finished_at"]).timestamp() * 1e9 for record in records_of(output)
     }
     for run in runs_of(output):
-        for event in events_of(run):
-            if event["event"] == "attempt_started" and event["key"] in finished_ns:
-                assert event["at_ns"] <= finished_ns[event["key"]], f"{event['id']} was done twice"
+        for row in ledger_of(run):
+            if row["state"] == "denoise" and row["id"] in finished_ns:
+                assert row["t0_ns"] <= finished_ns[row["id"]], f"{row['id']} was done twice"
 
 
 def check_partition(run: Path) -> None:
