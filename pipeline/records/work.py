@@ -12,6 +12,7 @@ from pipeline.records.request import RenderRequest
 
 # Raised by hand whenever the same request would give other pixels or other sound than before.
 RENDER_REVISION = 3
+MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload")
 
 
 @dataclass(frozen=True, slots=True)
