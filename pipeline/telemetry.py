@@ -14,6 +14,12 @@ from typing import Any
 # Called with the name of the state that a worker's device enters ("denoise", "decode", ...). The names are
 # those of the ledger (README, "The contract"); whoever accounts for time supplies the function.
 OnStage = Callable[[str], None]
+# Called with such a state's name, how many of its steps are done, and of how many. It may raise to end the work.
+OnStep = Callable[[str, int, int], None]
+
+
+def ignore_steps(stage: str, step: int, num_steps: int) -> None:
+    """An `OnStep` for those who need no progress."""
 
 
 # What every log line of this thread is about: the worker, and the row it works for.

@@ -186,7 +186,15 @@ class ClipWorker:
         item = attempt.item
         adapters = self._own_adapters(item)
         recipe = resolve(self.recipes[item.request.recipe].recipe, **item.request.wishes.overrides())
-        return self.engine.render(item.request, recipe, attempt.enter, adapters)
+        self._encode_ahead(item, attempt.assignment.upcoming)
+        return self.engine.render(
+            item.request,
+            recipe,
+            attempt.enter,
+            adapters,
+            on_step=attempt.assignment.beat,
+            memory_rung=item.memory_rung,
+        )
 
     def _await_turn(self, attempt: _Attempt) -> None:
         """Wait until the clip before is finished."""
@@ -289,6 +297,14 @@ class ClipWorker:
         except UsageError as error:
             raise InvalidRequest((f"loras and camera must be adapters that fit the model: {error}",)) from error
         return adapters
+
+    def _encode_ahead(self, item: WorkItem, upcoming: Sequence[WorkItem]) -> None:
+        """Where the text encoder waits on the host, encode the prompts of several items while it is on the device."""
+        if self.engine.text_waits:
+            clips = [work.request for work in (item, *upcoming)]
+            with suppress(PipelineError):  # said when it is that item's turn
+                # One that shall be enhanced is not known yet.
+                self.engine.prefetch_texts([clip.prompt for clip in clips if not clip.wishes.enhance_prompt])
 
     def _fetch_ahead(self, upcoming: Sequence[WorkItem]) -> None:
         """Fetch the adapters of items that may come next, while the device works for this one."""

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Judges which paths a submitted job can reach, so it asks what a local URI is.
     "pipeline.planning.reach": {"pipeline.errors", "pipeline.config", "pipeline.storage.filesystem"},
     "pipeline.engine": {"pipeline.errors", "pipeline.config", "pipeline.geometry", "pipeline.telemetry",
-                        "pipeline.records.request", "kernels.ops", "pipeline.model"},
+                        "pipeline.records.request", "pipeline.records.work", "kernels.ops", "pipeline.model"},
     "pipeline.worker": {"pipeline.config", "pipeline.records", "pipeline.telemetry", "pipeline.engine.engine",
                         "pipeline.media", "pipeline.storage.assets", "pipeline.storage.filesystem",
                         "pipeline.storage.adapters",

@@ -5,12 +5,11 @@ Every decision is a pure function elsewhere (`planning.queue`, `planning.policy`
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
+from pipeline.cluster.books import Books, RunLog
 from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.pool import Finished, Freed, Held, Noted, Pool, PoolEvent, WorkerBroken, WorkerGone
 from pipeline.cluster.progress import Counts, Progress
@@ -22,11 +21,9 @@ from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import (
     NS_PER_S,
     Failed,
-    LedgerEntry,
     Outcome,
     Rendered,
     RunFacts,
-    WorkerSeat,
     failed_row,
     item_row,
     recovered_row,
@@ -37,23 +34,11 @@ from pipeline.records.work import WorkItem
 
 # How long the loop sleeps at most, and so how late it notices a signal.
 TICK_S = 0.1
-# What happened is in the books so soon; what comes together is written together, and where many workers make the
-# books large, writing them takes no more than this share of the driver's time.
-FLUSH_SOON_S = 0.2
-FLUSH_SHARE = 0.05
 STRAGGLERS_EVERY_S = 0.5
+# Items to prefetch for: their prompts are encoded together where moving the text encoder takes longer than its work.
+NUM_UPCOMING = 4
 # Why an attempt gave no clip of ours, where no failure class says it.
 DUPLICATE = "duplicate"
-
-
-class RunLog(Protocol):
-    """What a driver writes while it runs (`storage.runs.RunFolder`)."""
-
-    def log(self, event: str, now_ns: int, **facts: Any) -> None: ...
-
-    def set_workers(self, seats: list[WorkerSeat]) -> None: ...
-
-    def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None: ...
 
 
 @dataclass
@@ -79,12 +64,11 @@ class Driver:
     _failures: RowFailures = field(default_factory=RowFailures)
     _crashes: CrashLoop = field(default_factory=lambda: CrashLoop(1))
     _estimated_usd: float = 0.0
-    _flush_at_ns: int = 0
-    _flush_took_s: float = 0.0
     _stragglers_at_ns: int = 0
     _stop_seen_ns: int | None = None
-    _seats: list[WorkerSeat] = field(default_factory=list)
-    _unwritten: list[LedgerEntry] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._books = Books(self.pool, self.log, self.ending, self.counts, self.now_ns, self.flush_every_s)
 
     def drive(self) -> Ending:
         """The whole run. Afterwards every worker is released and the ledger is closed.
@@ -100,14 +84,14 @@ class Driver:
                     self._want_workers()
                     self.pool.start()
                     started = True
-                    self._flush()
+                    self._books.flush()
                 self._admit()
                 if self.ending.limit_reached is not None and not self.queue.num_in_flight:
                     break
                 self._race_stragglers()
                 self._want_workers()
                 self._apply(self.pool.next_event(TICK_S))
-                self._flush_if_due()
+                self._books.flush_if_due()
                 self._show()
         except PipelineError as error:
             self.ending.stopped_by = error
@@ -156,8 +140,7 @@ class Driver:
         self.pace.start(item, now_ns)
         rung = {} if item.memory_rung == "planned" else {"memory_rung": item.memory_rung}
         self.log.log("attempt_started", now_ns, id=item.request.id, key=item.key, attempt=item.attempt, **rung, **facts)
-        upcoming = self.queue.peek()
-        self.pool.submit(item, () if upcoming is None else (upcoming,))
+        self.pool.submit(item, self.queue.upcoming(NUM_UPCOMING))
 
     def _want_workers(self) -> None:
         """As many workers as have, or could have, something to do; at the tail some are kept to race stragglers."""
@@ -194,19 +177,19 @@ class Driver:
         match event:
             case Finished(outcome):
                 self._crashes.item_ended()
-                self._count_spent()
+                self._books.count_spent()
                 self._settle(outcome)
-                self._flush_soon()
+                self._books.flush_soon()
             case WorkerBroken(error):
                 self._lose_worker(error)
             case WorkerGone():
                 self._take_back_from(event)
-                self._flush_soon()
+                self._books.flush_soon()
             case Noted(name, facts):
                 self.log.log(name, self.now_ns(), **facts)
-                self._flush_soon()
+                self._books.flush_soon()
             case Freed():
-                self._flush_soon()
+                self._books.flush_soon()
             case None:
                 pass
 
@@ -280,7 +263,7 @@ class Driver:
                 keys.append(held.item.key)
                 self._settle_lost(held, gone)
         if gone.fault in (WorkerLost.__name__, Hang.__name__):
-            self._crashes.num_workers = max(self._crashes.num_workers, len(self._held_groups()))
+            self._crashes.num_workers = max(self._crashes.num_workers, self._books.num_held_workers)
             reason = self._crashes.worker_lost(keys, gone.cause)
             if reason is not None:
                 self.ending.stopped_by = self.ending.stopped_by or WorkerLost(reason)
@@ -326,42 +309,6 @@ class Driver:
         bug.__cause__ = error
         self.ending.stopped_by = bug
 
-    def _flush_soon(self) -> None:
-        soon_s = max(FLUSH_SOON_S, self._flush_took_s / FLUSH_SHARE)
-        self._flush_at_ns = min(self._flush_at_ns, self.now_ns() + round(soon_s * NS_PER_S))
-
-    def _flush_if_due(self) -> None:
-        if self.now_ns() >= self._flush_at_ns:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Write the ledger up to now and renew the lease; what this wrote survives any kill."""
-        started_s = time.monotonic()
-        self._flush_at_ns = self.now_ns() + round(self.flush_every_s * NS_PER_S)
-        self._note_seats()
-        running = self._count_spent()
-        unwritten, self._unwritten = self._unwritten, []
-        self.log.write_ledger(unwritten, running, self.now_ns())
-        self._flush_took_s = time.monotonic() - started_s
-
-    def _held_groups(self) -> set[str]:
-        return {seat.group_id for seat in self._seats if seat.released_ns is None}
-
-    def _note_seats(self) -> None:
-        """Write down who is held before what they do: whoever closes a dead run goes by the seats."""
-        seats = self.pool.seats()
-        if seats != self._seats:
-            self._seats = seats
-            self.log.set_workers(seats)
-
-    def _count_spent(self) -> list[LedgerEntry]:
-        """Take the pool's ledger up to now; returns the running entries."""
-        closed, running = self.pool.take_ledger()
-        self._unwritten += closed
-        self.ending.charges.add(closed)
-        self.counts.spent_usd += float(sum((entry.cost_usd for entry in closed), Decimal(0)))
-        return running
-
     def _show(self) -> None:
         self.counts.num_running = self.queue.num_in_flight
         self.progress.show(self.counts)
@@ -375,7 +322,7 @@ class Driver:
             self.pool.stop(abandon=in_a_hurry)
             try:
                 self._settle_what_is_finished()
-                self._flush()
+                self._books.flush()
             except PipelineError as error:
                 self.ending.stopped_by = self.ending.stopped_by or error
         for item in self.queue.in_flight:

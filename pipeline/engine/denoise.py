@@ -27,6 +27,7 @@ from pipeline.errors import EngineFault
 from pipeline.geometry import LatentShape
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.streams import Conditioning, DistinctTimesteps, Perturbation, SkipStrategy, TokenStream
+from pipeline.telemetry import OnStep, ignore_steps
 
 UNGUIDED = GuidanceConfig()
 
@@ -49,12 +50,19 @@ class Scene:
 
 
 def denoise(
-    denoiser: AudioVideoDenoiser, start: Tokens, scene: Scene, stage: StageConfig, noise: NoiseSource
+    denoiser: AudioVideoDenoiser,
+    start: Tokens,
+    scene: Scene,
+    stage: StageConfig,
+    noise: NoiseSource,
+    on_step: OnStep = ignore_steps,
 ) -> Tokens:
-    """The state after all steps. EngineFault if it is not finite."""
+    """The state after all steps, each of which is told to `on_step`. EngineFault if it is not finite."""
     state = start
-    for progress in denoising(denoiser, start, scene, stage, noise):
+    num_steps = len(noise_steps(stage.levels(scene.shape.num_video_tokens)))
+    for step, progress in enumerate(denoising(denoiser, start, scene, stage, noise), start=1):
         state = progress.state
+        on_step("denoise", step, num_steps)
     for name, tokens_BTC in (("video", state.video_BTC), ("audio", state.audio_BTC)):
         # Looked at once a stage, not once a step: on an accelerator looking means waiting.
         if tokens_BTC is not None and not bool(torch.isfinite(tokens_BTC).all()):

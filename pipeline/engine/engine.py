@@ -21,7 +21,12 @@ from pipeline.engine.components.upsampler import LatentUpsampler, adapt_statisti
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, VideoEncoder
 from pipeline.engine.components.vocoder import Vocoder
 from pipeline.engine.conditions import HeldPicture, append_tokens, drop_appended, hold_to, num_appended_tokens
-from pipeline.engine.decode import decode_frames, decode_waveform
+from pipeline.engine.decode import (
+    CHUNK_LATENT_FRAMES,
+    SMALL_CHUNK_LATENT_FRAMES,
+    decode_frames,
+    decode_waveform,
+)
 from pipeline.engine.denoise import Scene, Texts, denoise
 from pipeline.engine.latents import (
     NoiseSource,
@@ -36,13 +41,14 @@ from pipeline.engine.latents import (
 from pipeline.engine.residency import ALL_RESIDENT, Residency
 from pipeline.engine.samplers import sampler_named
 from pipeline.engine.sigmas import noise_levels
-from pipeline.engine.text import TextConditioner
+from pipeline.engine.text import TEXT_ENCODER, TextConditioner
 from pipeline.errors import OutOfMemory, UsageError
 from pipeline.geometry import SPATIAL_CELL_PX, LatentShape, PixelShape, RenderShape, latent_shape
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.records.request import RenderRequest
-from pipeline.telemetry import OnStage
+from pipeline.records.work import MEMORY_RUNGS
+from pipeline.telemetry import OnStage, OnStep, ignore_steps
 
 # Parts that may wait on the host between uses.
 DENOISER = "denoiser"
@@ -120,23 +126,31 @@ class RenderEngine:
         on_stage: OnStage,
         adapters: Sequence[tuple[str | Path, float]] = (),
         pictures: Sequence[Picture] = (),
+        on_step: OnStep = ignore_steps,
+        memory_rung: str = MEMORY_RUNGS[0],
     ) -> Streams:
         """One clip. `on_stage` is called as each stage begins; "decode" lasts until the frames are exhausted.
 
-        `adapters` (file, strength) count in all stages. UsageError if the recipe asks for what this engine lacks;
-        EngineFault if a result is not finite; OutOfMemory if the clip does not fit the device, also while the frames
-        are iterated.
+        `adapters` (file, strength) count in all stages. `on_step` is called after the text, each step of each stage and
+        each chunk of frames (whose steps are frames); what it raises ends the clip and leaves the engine ready for the
+        next one. `memory_rung` is one of `MEMORY_RUNGS`, each of which takes less device memory than the one before and
+        gives the same bytes; "offload" holds for all later clips too.
+
+        UsageError if the recipe asks for what this engine lacks; EngineFault if a result is not finite; OutOfMemory if
+        the clip does not fit the device or the host, also while the frames are iterated.
         """
         self._require_can_follow(recipe)
         shape, noise = request.shape, self.noise_for(request.seed)
-        with _memory_reported(shape), torch.inference_mode():
+        chunk_latent_frames = self._make_room(memory_rung)
+        with _memory_reported(_size_of(shape)), torch.inference_mode():
             on_stage("text_encode")
             prompt = request.prompt
             if request.wishes.enhance_prompt:
                 prompt = self.text.enhance(prompt, request.seed)
             texts = self._texts(prompt, recipe)
+            on_step("text_encode", 1, 1)
             brief = Brief(texts, shape.rendered, tuple(adapters), tuple(pictures))
-            latents = self.sample(brief, recipe, noise, on_stage)
+            latents = self.sample(brief, recipe, noise, on_stage, on_step)
 
             on_stage("decode")
             waveform = None
@@ -144,10 +158,32 @@ class RenderEngine:
                 waveform = decode_waveform(self.audio_decoder, self.vocoder, latents.audio_BCTM)
             latent_BCFHW = self._decodable(latents.video_BCFHW, recipe.decode, noise)
         rate = None if self.vocoder is None else self.vocoder.sample_rate_hz
-        return Streams(self._frames(latent_BCFHW, shape, recipe), waveform, rate, prompt)
+        frames = self._frames(latent_BCFHW, shape, recipe, on_step, chunk_latent_frames)
+        return Streams(frames, waveform, rate, prompt)
+
+    @property
+    def text_waits(self) -> bool:
+        """If the text encoder waits on the host, so that encoding several prompts at once saves moving it."""
+        return TEXT_ENCODER in self.residency.waiting
+
+    def prefetch_texts(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts of clips to come in one use of the text encoder, at most as many as are kept.
+
+        They are found when their clips are rendered, unless as many others were asked for in between. OutOfMemory if
+        one does not fit the device or the host.
+        """
+        with _memory_reported("the text of clips to come"), torch.inference_mode():
+            self.text.prefetch(prompts)
 
     @torch.inference_mode()
-    def sample(self, brief: Brief, recipe: RecipeConfig, noise: NoiseSource, on_stage: OnStage) -> Latents:
+    def sample(
+        self,
+        brief: Brief,
+        recipe: RecipeConfig,
+        noise: NoiseSource,
+        on_stage: OnStage,
+        on_step: OnStep = ignore_steps,
+    ) -> Latents:
         """All stages of the recipe: both streams go through each of them, each from where the one before ended."""
         rendered = brief.rendered
         shapes = [_latent_shape(rendered, *size) for size in recipe.stage_sizes(rendered.height, rendered.width)]
@@ -161,13 +197,19 @@ class RenderEngine:
             named = [(self.adapter_files[stage.adapter], 1.0)] if stage.adapter else []
             with self.residency.using(DENOISER):
                 self.fused.use([*brief.adapters, *named])
-                tokens, before = self._denoised(tokens, shape, stage, brief, noise), shape
+                tokens, before = self._denoised(tokens, shape, stage, brief, noise, on_step), shape
             sounds.append(tokens.audio_BTC)
         sound_BTC = sounds[recipe.sound_from_stage - 1]
         return Latents(unpatchify_video(tokens.video_BTC, before), self._unpatchified(sound_BTC))
 
     def _denoised(
-        self, tokens: Tokens, shape: LatentShape, stage: StageConfig, brief: Brief, noise: NoiseSource
+        self,
+        tokens: Tokens,
+        shape: LatentShape,
+        stage: StageConfig,
+        brief: Brief,
+        noise: NoiseSource,
+        on_step: OnStep,
     ) -> Tokens:
         """One stage: noise, then pictures, then steps, in the order in which the reference draws its noise."""
         frames = [picture.frame for picture in brief.pictures]
@@ -177,7 +219,8 @@ class RenderEngine:
         hold = hold_to(held, start, shape)
         if hold is not None:
             start = replace(start, video_BTC=hold.blend(start.video_BTC))
-        return drop_appended(denoise(self.denoiser, start, Scene(shape, brief.texts, hold), stage, noise), shape)
+        scene = Scene(shape, brief.texts, hold)
+        return drop_appended(denoise(self.denoiser, start, scene, stage, noise, on_step), shape)
 
     def _held(self, picture: Picture, shape: LatentShape, stage: StageConfig, noise: NoiseSource) -> HeldPicture:
         pixels_B31HW = picture.at_size(shape.height * SPATIAL_CELL_PX, shape.width * SPATIAL_CELL_PX).to(self.device)
@@ -215,11 +258,32 @@ class RenderEngine:
         return compress_range(latent_BCFHW, compression=decode.tone_map) if decode.tone_map else latent_BCFHW
 
     def _frames(
-        self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig
+        self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig, on_step: OnStep, chunk_latent_frames: int
     ) -> Generator[np.ndarray, None, None]:
         noise = DecodeNoise(recipe.decode.timestep) if self.video_decoder.takes_noise else None
-        with _memory_reported(shape), self.residency.using(VIDEO_DECODER):
-            yield from decode_frames(self.video_decoder, latent_BCFHW, shape, noise=noise, resize=recipe.resize)
+        chunks = decode_frames(
+            self.video_decoder,
+            latent_BCFHW,
+            shape,
+            noise=noise,
+            resize=recipe.resize,
+            chunk_latent_frames=chunk_latent_frames,
+        )
+        num_done, num_frames = 0, shape.asked.num_frames
+        with _memory_reported(_size_of(shape)), self.residency.using(VIDEO_DECODER):
+            for frames_FHW3 in chunks:
+                num_done += len(frames_FHW3)
+                on_step("decode", num_done, num_frames)
+                yield frames_FHW3
+
+    def _make_room(self, memory_rung: str) -> int:
+        """Do what the rung and those before it say; returns the latent frames of a decoded chunk."""
+        rung = MEMORY_RUNGS.index(memory_rung)
+        if rung >= MEMORY_RUNGS.index("offload"):
+            self.residency.tighten()
+        if rung:
+            self.residency.release_unused()
+        return SMALL_CHUNK_LATENT_FRAMES if rung else CHUNK_LATENT_FRAMES
 
     def _require_can_follow(self, recipe: RecipeConfig) -> None:
         hparams = self.denoiser.hparams
@@ -251,11 +315,29 @@ def _latent_shape(rendered: PixelShape, height: int, width: int) -> LatentShape:
     return replace(shape, num_audio_latents=max(1, shape.num_audio_latents))
 
 
+def _size_of(shape: RenderShape) -> str:
+    pixels = shape.rendered
+    return f"a clip of {pixels.width}x{pixels.height}, {pixels.num_frames} frames"
+
+
 @contextmanager
-def _memory_reported(shape: RenderShape) -> Iterator[None]:
+def _memory_reported(what: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        pixels = shape.rendered
-        size = f"{pixels.width}x{pixels.height}, {pixels.num_frames} frames"
-        raise OutOfMemory(f"a clip of {size} does not fit the device: {str(error).splitlines()[0]}") from error
+    except (MemoryError, RuntimeError) as error:
+        place = _exhausted(error)
+        if place is None:
+            raise
+        # Python's own MemoryError says nothing more.
+        reason = str(error).splitlines()[0] if str(error) else "memory is exhausted"
+        raise OutOfMemory(f"{what} does not fit the {place}: {reason}") from error
+
+
+def _exhausted(error: MemoryError | RuntimeError) -> str | None:
+    """Whose memory ran out, if that is what `error` says."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "device"
+    # torch has no class of its own for its allocator of host memory.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return "host"
+    return None

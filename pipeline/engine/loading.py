@@ -49,6 +49,8 @@ _DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
+# Of a text encoder's numbers. Quantised tensors are of a class of their own, which cannot be lent.
+WHOLE_BITS = 16
 # GPUs from here on multiply 8-bit numbers (Ada, Hopper).
 FP8_CAPABILITY = (8, 9)
 # The audio encoder is not loaded yet; published files may also carry statistics that no released code reads.
@@ -76,9 +78,7 @@ def load_engine(
     disagrees with `model.size`; OutOfMemory if the budget cannot be met.
     """
     started = time.monotonic()
-    torch.set_num_threads(precision.torch_threads)
-    # The vocoder runs in float32 always; TensorFloat-32 would round its convolutions' inputs to 10 bits.
-    torch.backends.cudnn.allow_tf32 = False
+    _configure_torch(precision)
     folder, dtype = Path(model.folder), _DTYPES[precision.dtype]
     checkpoint = CheckpointFile(folder / model.checkpoint)
     _require_size(model, checkpoint)
@@ -97,7 +97,8 @@ def load_engine(
         dtype=dtype,
         bits=precision.text_encoder_bits,
     )
-    residency.keep(TEXT_ENCODER, encoder.module)
+    if precision.text_encoder_bits == WHOLE_BITS:
+        residency.keep(TEXT_ENCODER, encoder.module)
     text_loaded = time.monotonic()
     connectors = load_text_connectors(checkpoint, device=device, dtype=dtype)
     video_decoder = load_video_decoder(checkpoint, device=device, dtype=dtype)
@@ -112,7 +113,7 @@ def load_engine(
     residency.keep(VIDEO_DECODER, video_decoder.module)
     residency.keep(DENOISER, denoiser)
     engine = RenderEngine(
-        text=TextConditioner(encoder, connectors, residency),
+        text=TextConditioner(encoder, connectors, device=device, residency=residency),
         denoiser=denoiser,
         fused=FusedAdapters(denoiser, checkpoint, dtype),
         adapter_files={name: str(folder / file) for name, file in model.extras().items()},
@@ -126,6 +127,12 @@ def load_engine(
     )
     _log_loaded(model, device, plan, text_encoder_s=text_loaded - started, load_s=time.monotonic() - started)
     return engine
+
+
+def _configure_torch(precision: PrecisionConfig) -> None:
+    torch.set_num_threads(precision.torch_threads)
+    # The vocoder runs in float32 always; TensorFloat-32 would round its convolutions' inputs to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _log_loaded(model: ModelConfig, device: str, plan: MemoryPlan | None, **seconds: float) -> None:
@@ -170,8 +177,7 @@ def _plan(
     parts = [
         Part(DENOISER, denoiser_bytes, frozenset({"denoise"})),
         Part(VIDEO_DECODER, sum(sizes[name] for name in decoder), frozenset({"decode"})),
-        # Quantised tensors are of a class of their own, which cannot be lent.
-        Part(TEXT_ENCODER, encoder_bytes * bits // 16, frozenset({"text_encode"}), can_wait=bits == 16),
+        Part(TEXT_ENCODER, encoder_bytes * bits // WHOLE_BITS, frozenset({"text_encode"}), can_wait=bits == WHOLE_BITS),
         Part("rest", rest_bytes, frozenset(PHASES), can_wait=False),
     ]
     return plan_for_most(parts, budget.demands, budget.limit_bytes)

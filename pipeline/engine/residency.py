@@ -6,6 +6,7 @@ compute; what waits where is decided in `memory.py`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 
 class Residency:
-    """The parts that wait on the host, by the names in `on_host`. Not thread-safe."""
+    """The parts that can wait on the host, and those that do: at first the ones in `on_host`. Not thread-safe."""
 
     def __init__(self, device: str, on_host: Collection[str] = ()) -> None:
         self._device = device
         self._on_host = on_host
+        self._resident: dict[str, nn.Module] = {}
         self._waiting: dict[str, nn.Module] = {}
 
     @property
@@ -27,11 +29,27 @@ class Residency:
         return tuple(self._waiting)
 
     def keep(self, name: str, module: nn.Module) -> None:
-        """Take note of a loaded part; if it is to wait on the host, it goes there now."""
+        """Take note of a loaded part that can wait; if it is to wait on the host, it goes there now."""
+        self._resident[name] = module
         if name in self._on_host:
-            self._waiting[name] = module
-            for tensor in _tensors(module):
-                tensor.data = _on_host(tensor.data)
+            self._send(name)
+
+    def tighten(self) -> None:
+        """Have every part that can wait do so from now on. None may be in use."""
+        for name in tuple(self._resident):
+            self._send(name)
+
+    def release_unused(self) -> None:
+        """Give the device's memory that nothing uses back to it, for what will be asked for in other sizes."""
+        # A failure's traceback holds the tensors of its frames, in cycles that counting references never frees.
+        gc.collect()
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _send(self, name: str) -> None:
+        module = self._waiting[name] = self._resident.pop(name)
+        for tensor in _tensors(module):
+            tensor.data = _on_host(tensor.data)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:

@@ -61,6 +61,10 @@ class WorkQueue:
     def peek(self) -> WorkItem | None:
         return self._waiting[0][-1] if self._waiting else None
 
+    def upcoming(self, num: int) -> tuple[WorkItem, ...]:
+        """About the next `num` items; others that come soon may stand in for some, since a heap is not searched."""
+        return tuple(item for _, item in sorted(self._waiting[: 2 * num], key=lambda entry: entry[0])[:num])
+
     def speculate(self, item: WorkItem) -> WorkItem:
         """A rival of `item`, which is in flight: another attempt at the same key, from now on in flight as well."""
         rival = self._opened(item)

@@ -53,6 +53,7 @@ class ColourEngine:
 
     step_s: float
     fused: NothingFused = field(default_factory=NothingFused)
+    text_waits: bool = False
 
     def render(
         self,

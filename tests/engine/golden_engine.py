@@ -42,7 +42,9 @@ def engine_builder(folder: Path, upscaler_name: str) -> Callable[[Any, Callable[
     }
 
     def build(encoder: Any, noise: Callable[[], NoiseSource]) -> RenderEngine:
-        return RenderEngine(text=TextConditioner(encoder, connectors), noise_for=lambda seed: noise(), **parts)
+        return RenderEngine(
+            text=TextConditioner(encoder, connectors, device="cpu"), noise_for=lambda seed: noise(), **parts
+        )
 
     return build
 

@@ -15,9 +15,9 @@ from kernels.ops import reference_ops
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.model import PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, StageConfig
-from pipeline.engine import loading
+from pipeline.engine import loading, text
 from pipeline.engine.components.upsampler import compress_range
-from pipeline.engine.decode import CHUNK_FRAMES
+from pipeline.engine.decode import CHUNK_LATENT_FRAMES
 from pipeline.engine.loading import MemoryBudget, load_engine
 from pipeline.engine.memory import RESERVED_BYTES
 from pipeline.errors import CheckpointMismatch, EngineFault, OutOfMemory, UsageError
@@ -37,7 +37,7 @@ def test_clip_has_the_asked_frames_size_and_sound(engine, recipe, request_for):
     request = request_for(width=128, height=64, num_frames=25)
     streams = engine.render(request, recipe, _ignore)
     chunks = list(streams.frames)
-    assert [len(chunk) for chunk in chunks] == [CHUNK_FRAMES, 25 - CHUNK_FRAMES]
+    assert [len(chunk) for chunk in chunks] == [8 * CHUNK_LATENT_FRAMES, 25 - 8 * CHUNK_LATENT_FRAMES]
     assert all(chunk.shape[1:] == (64, 128, 3) and chunk.dtype == np.uint8 for chunk in chunks)
     assert all(chunk.flags["C_CONTIGUOUS"] for chunk in chunks)
     num_audio_latents, samples_per_mel_frame = 26, 240
@@ -86,7 +86,7 @@ def test_stages_are_reported_as_they_begin(engine, recipe, request_for):
 
 def test_nothing_is_decoded_before_the_first_chunk_is_taken(engine, recipe, request_for):
     class Watched:
-        takes_noise = False
+        takes_noise = can_stream = False
         calls = 0
 
         def decode(self, latent, **_):
@@ -235,7 +235,7 @@ def test_tone_mapping_of_a_recipe_compresses_what_is_decoded(engine, recipe, req
     decoded = []
 
     class Noting:
-        takes_noise = False
+        takes_noise = can_stream = False
 
         def decode(self, latent, **_):
             decoded.append(latent)
@@ -263,7 +263,7 @@ def test_single_frame_at_a_rate_that_leaves_no_sound_still_renders(engine, recip
 
 
 class _Fails:
-    takes_noise = False
+    takes_noise = can_stream = False
 
     def __init__(self, error):
         self.error = error
@@ -287,23 +287,28 @@ def test_exhausted_memory_is_reported_with_what_was_asked(engine, recipe, reques
 
 @pytest.mark.parametrize(
     ("video", "message"),
-    [(torch.full((1, 3, 9, 64, 64), float("nan")), "not finite"), (torch.zeros(1, 3, 8, 64, 64), "expected")],
+    [
+        (torch.full((1, 3, 9, 64, 64), float("nan")), "not finite"),
+        (torch.zeros(1, 3, 8, 64, 64), "gave 8 frames, expected 9"),
+        (torch.zeros(1, 3, 10, 64, 64), r"up to frame 10, expected \(3, 9, 64, 64\)"),
+        (torch.zeros(1, 3, 9, 64, 32), r"gave \(3, 9, 64, 32\) values"),
+    ],
 )
 def test_decoder_that_gives_nonsense_is_a_fault(engine, recipe, request_for, video, message):
     class Wrong:
-        takes_noise = False
+        takes_noise = can_stream = False
 
         def decode(self, latent, **_):
             return video
 
     streams = dataclasses.replace(engine, video_decoder=Wrong()).render(request_for(), recipe, _ignore)
     with pytest.raises(EngineFault, match=message):
-        next(streams.frames)
+        list(streams.frames)
 
 
 def test_value_between_two_bytes_becomes_the_nearer_one(engine, recipe, request_for):
     class Grey:
-        takes_noise = False
+        takes_noise = can_stream = False
 
         def decode(self, latent, **_):
             return torch.full((1, 3, 9, 64, 64), 0.3)
@@ -312,7 +317,8 @@ def test_value_between_two_bytes_becomes_the_nearer_one(engine, recipe, request_
     assert (next(streams.frames) == 166).all(), "0.65 * 255 is 165.75"
 
 
-def test_prompt_seen_before_is_not_encoded_again(engine):
+def test_prompt_seen_before_is_not_encoded_again(engine, monkeypatch):
+    monkeypatch.setattr(text, "NUM_CACHED_PROMPTS", 8)
     asked = []
 
     class Counting:
@@ -324,7 +330,7 @@ def test_prompt_seen_before_is_not_encoded_again(engine):
     engine.text._encoder = Counting()
     for prompt in ["a", "b", "a", *"cdefgh", "a", "i", "a", "b"]:
         engine.text.encode(prompt)
-    # Eight prompts are kept; "i" pushes out the one unused for longest, which is "b".
+    # With eight prompts kept, "i" pushes out the one unused for longest, which is "b".
     assert asked == [*"abcdefghi", "b"]
 
 

@@ -18,6 +18,7 @@ from pipeline.engine.denoise import Scene, denoising
 from pipeline.engine.engine import Brief, Picture
 from pipeline.engine.latents import add_noise, seeded_noise, unpatchify_video
 from pipeline.geometry import PixelShape, latent_shape
+from pipeline.telemetry import ignore_steps
 from tests.engine.golden_engine import engine_builder, recorded
 
 # Of scale; the records allow 1e-3.
@@ -136,7 +137,7 @@ class TestDistilledMultiScale:
         engine, first = engine_for(case), recipe.stages[0]
         shape = latent_shape(PixelShape(9, 32, 96, 25.0))
         brief = Brief(engine._texts("positive", recipe), PixelShape(9, 96, 192, 25.0), pictures=pictures)
-        tokens = engine._denoised(engine._empty(shape), shape, first, brief, recorded_draws(case))
+        tokens = engine._denoised(engine._empty(shape), shape, first, brief, recorded_draws(case), ignore_steps)
         latent = unpatchify_video(tokens.video_BTC, shape)
         case.assert_close("mid.first_pass_latent", latent, bound=BOUND)
         # Recorded before its statistics are adapted; that shows in the frames.

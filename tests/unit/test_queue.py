@@ -108,6 +108,12 @@ def test_sets_of_adapters_stay_together_the_one_with_the_longest_clip_first() ->
     assert drained(queue) == ["row-1", "row-3", "row-2", "row-0"]
 
 
+def test_what_is_upcoming_is_about_what_comes_next() -> None:
+    queue = WorkQueue([with_seconds(i, float(i)) for i in range(100)])
+    assert len(queue.upcoming(4)) == 4 and queue.upcoming(4)[0].request.id == "row-99"
+    assert {work.request.row_index for work in queue.upcoming(4)} <= set(range(80, 100))
+
+
 def test_a_rival_is_another_attempt_and_the_first_to_end_settles_both() -> None:
     queue = WorkQueue([item(0), item(1, key="0" * 64)])
     first = queue.hand_out()

@@ -32,3 +32,9 @@ class TextContext:
     video_BSD: Tensor
     audio_BSD: Tensor | None
     mask_BS: Tensor | None = None
+
+    def to(self, device: str) -> TextContext:
+        """The same context on another device."""
+        audio_BSD = None if self.audio_BSD is None else self.audio_BSD.to(device)
+        mask_BS = None if self.mask_BS is None else self.mask_BS.to(device)
+        return TextContext(self.video_BSD.to(device), audio_BSD, mask_BS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
 from torch import Tensor, nn
 
 from pipeline.engine.components.blueprint import Blueprint, load_statistics, section
+from pipeline.engine.components.streamed_decoder import can_stream, stream_frames
 from pipeline.engine.latents import ChannelStatistics
 from pipeline.engine.tiling import Tiles, decode_in_tiles, encode_in_tiles
 from pipeline.errors import UsageError
@@ -48,16 +49,34 @@ class DecodeNoise:
 class VideoDecoder:
     """Normalised video latents (B,C,F,H,W) to pixels (B,3,8F-7,32H,32W), roughly in [-1,1], not clamped.
 
-    `takes_noise` says if `decode` must be given a `DecodeNoise`.
+    `takes_noise` says if it must be given a `DecodeNoise`, `can_stream` if it can go frame by frame.
     """
 
-    def __init__(self, module: nn.Module, statistics: ChannelStatistics, *, takes_noise: bool = False) -> None:
+    def __init__(self, module: LTX2VideoDecoder3d, statistics: ChannelStatistics, *, takes_noise: bool = False) -> None:
         self.module = module
         self.statistics = statistics
         self.takes_noise = takes_noise
+        self.can_stream = can_stream(module)
 
     def decode(self, latent_BCFHW: Tensor, *, tiles: Tiles | None = None, noise: DecodeNoise | None = None) -> Tensor:
         """Pixels in the weights' dtype; blended from `tiles` if given, which differs near their seams."""
+        latent, timestep = self._prepared(latent_BCFHW, noise)
+
+        def decode_one(tile_BCFHW: Tensor) -> Tensor:
+            pixels: Tensor = self.module(tile_BCFHW, timestep)
+            return pixels
+
+        return decode_one(latent) if tiles is None else decode_in_tiles(decode_one, latent, tiles)
+
+    def stream(self, latent_BCFHW: Tensor, *, noise: DecodeNoise | None = None) -> Iterator[Tensor]:
+        """The frames (B,3,1,32H,32W) of `decode` in order, in memory that does not grow with the clip.
+
+        A frame's bits do not depend on how the frames are taken; `decode` rounds sums otherwise. Only if `can_stream`.
+        """
+        return stream_frames(self.module, *self._prepared(latent_BCFHW, noise))
+
+    def _prepared(self, latent_BCFHW: Tensor, noise: DecodeNoise | None) -> tuple[Tensor, Tensor | None]:
+        """Latents as the network takes them, and the timestep (B) it is told."""
         if self.takes_noise != (noise is not None):
             rule = "must be given a decode timestep" if self.takes_noise else "takes no decode timestep"
             raise UsageError(f"this model's video decoder {rule}, got {noise}; correct the recipe")
@@ -67,13 +86,7 @@ class VideoDecoder:
             timestep = torch.full((latent.shape[0],), noise.timestep, device=latent.device)
             if noise.noise_BCFHW is not None:
                 latent = torch.lerp(latent, noise.noise_BCFHW.to(latent), noise.scale)
-        latent = self.statistics.unnormalise(latent, dim=1).to(_dtype(self.module))
-
-        def decode_one(tile_BCFHW: Tensor) -> Tensor:
-            pixels: Tensor = self.module(tile_BCFHW, timestep)
-            return pixels
-
-        return decode_one(latent) if tiles is None else decode_in_tiles(decode_one, latent, tiles)
+        return self.statistics.unnormalise(latent, dim=1).to(_dtype(self.module)), timestep
 
 
 class VideoEncoder:
