@@ -34,6 +34,7 @@ from pipeline.records.outcome import (
     Rendered,
     RunFacts,
     Timings,
+    adopting,
     commit_record,
 )
 from pipeline.records.work import WorkItem
@@ -132,6 +133,8 @@ class ClipWorker:
     take_peak_gpu_bytes: Callable[[], int | None]
     # If a clip that somebody committed since the run was planned is taken as it is.
     resume: bool = True
+    # False where the driver alone may commit, because the store's `create` is not exclusive.
+    commits: bool = True
     # Held by the clip that is being finished.
     _finishing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -278,12 +281,14 @@ class ClipWorker:
             peak_host_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         record = commit_record(rendered, self.meter.entries_of(item.request.id, item.attempt), self.facts)
+        if not self.commits:
+            return replace(rendered, record=record)
         standing = self.store.commit(item.key, record)
         if (standing["run_id"], standing["attempt"]) != (self.facts.run_id, item.attempt):
             if standing["uri"] != published.uri:
                 self.store.discard(published)
                 self.store.discard(poster)
-            rendered = _adopting(rendered, standing)
+            rendered = adopting(rendered, standing)
         timings = attempt.timings(written.encode_busy_s, time.monotonic() - since_s)
         return replace(rendered, timings=timings, finished_ns=self.now_ns())
 
@@ -345,17 +350,6 @@ class ClipWorker:
         except EngineFault as fault:
             log.warning("replacing a broken file: %s", fault, extra={"facts": {"uri": published.uri}})
             return self.store.replace(published, video), facts
-
-
-def _adopting(rendered: Rendered, standing: Mapping[str, Any]) -> Rendered:
-    """The outcome when another record won: its facts, our time."""
-    if standing["sha256"] != rendered.asset.sha256:
-        log.warning(
-            "another run committed other bytes for the same key; its clip stands",
-            extra={"facts": {"key": rendered.item.key, "theirs": standing["sha256"], "ours": rendered.asset.sha256}},
-        )
-    asset = ClipAsset(**{name: standing[name] for name in ClipAsset.__slots__})
-    return replace(rendered, asset=asset, adopted_from=standing["run_id"])
 
 
 def _asset(uri: str, thumbnail_uri: str, facts: ClipFacts) -> ClipAsset:

@@ -57,6 +57,8 @@ class Driver:
     flush_every_s: float
     # The commit record of an item, if there is one: a lost worker may have ended its item without saying so.
     committed: Callable[[WorkItem], Mapping[str, Any] | None] = lambda item: None
+    # Commits what a worker left to the driver to commit, because the store cannot tell two writers apart.
+    commit: Callable[[Rendered], Rendered] = lambda rendered: rendered
     # Told of each key that is rendered.
     on_rendered: Callable[[str], None] = lambda key: None
     pace: Pace = field(default_factory=Pace)
@@ -198,7 +200,7 @@ class Driver:
             # A rival was first; whatever this one did was for nothing.
             self._waste(outcome.item, DUPLICATE)
         elif isinstance(outcome, Rendered):
-            self._settle_rendered(outcome)
+            self._settle_rendered(outcome if outcome.record is None else self.commit(outcome))
         else:
             self._settle_failed(outcome)
 

@@ -5,14 +5,17 @@ Values only. The `*_row` functions are the one place that knows how these become
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from pipeline.records.request import tag_pairs
 from pipeline.records.work import WorkItem
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 NS_PER_S = 1_000_000_000
@@ -139,6 +142,8 @@ class Rendered:
     adopted_from: str | None = None
     peak_gpu_memory_bytes: int | None = None
     peak_host_memory_bytes: int | None = None
+    # The commit record, if the worker left it to the driver to commit.
+    record: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +197,17 @@ def commit_record(rendered: Rendered, entries: tuple[LedgerEntry, ...], facts: R
             for e in entries
         ],
     }  # fmt: skip
+
+
+def adopting(rendered: Rendered, standing: Mapping[str, Any]) -> Rendered:
+    """The outcome when another record won: its facts, our time."""
+    if standing["sha256"] != rendered.asset.sha256:
+        log.warning(
+            "another run committed other bytes for the same key; its clip stands",
+            extra={"facts": {"key": rendered.item.key, "theirs": standing["sha256"], "ours": rendered.asset.sha256}},
+        )
+    asset = ClipAsset(**{name: standing[name] for name in ClipAsset.__slots__})
+    return replace(rendered, asset=asset, adopted_from=standing["run_id"])
 
 
 def item_row(item: WorkItem, facts: RunFacts, *, status: str) -> dict[str, Any]:
