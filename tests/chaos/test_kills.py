@@ -9,6 +9,7 @@ import random
 import signal
 import statistics
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 
-from tests.chaos.conftest import SEED, FarmSite, keep, plain_rows
+from tests.chaos.conftest import CLIP, SEED, FarmSite, keep, plain_rows
 from tests.chaos.ray_nodes import Nodes, ray_nodes
-from tests.end_to_end.checker import check_output, events_of, runs_of
+from tests.end_to_end.checker import check_output, decoded_frames, events_of, runs_of
 
 # How often each kind of fault comes.
 FAULTS = {"kill a rank": 86, "kill the driver": 6, "kill a node": 3, "stop a rank": 3, "ask the driver to end": 2}
@@ -121,6 +123,37 @@ class Storm:
         return True
 
 
+class Reader:
+    """Somebody who looks at the newest clip all the time: whatever has a name in `videos` plays to its end."""
+
+    def __init__(self, root: Path) -> None:
+        self._videos = root / "videos"
+        self._over = threading.Event()
+        self.num_read = 0
+        self.torn: list[str] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _read(self) -> None:
+        while not self._over.wait(0.3):
+            names = sorted(self._videos.glob("*.mp4"), key=lambda path: path.stat().st_mtime_ns)[-1:]
+            for path in names:
+                self.num_read += 1
+                try:
+                    whole = decoded_frames(path) == CLIP["num_frames"]
+                except av.FFmpegError:
+                    whole = False
+                if not whole:
+                    self.torn.append(path.name)
+
+
 def delays_s(since_ns: list[int], events: list[dict[str, Any]], name: str, within_s: float) -> list[float]:
     """For each moment, seconds to the first event of `name` after it that no earlier moment was followed by."""
     times = sorted(event["at_ns"] for event in events if event["event"] == name)
@@ -148,17 +181,26 @@ def test_kills_of_ranks_drivers_and_nodes_lose_double_and_tear_nothing(
     with ray_nodes(2, 1) as nodes:
         site.environment["RAY_ADDRESS"] = nodes.address
         storm = Storm(site, nodes, random.Random(SEED))
-        storm.rage(num_faults, 0.95 * (num_rows - 20) / num_faults)
-        num_runs = storm.finish()
+        with Reader(Path(site.root)) as reader:
+            storm.rage(num_faults, 0.95 * (num_rows - 20) / num_faults)
+            num_runs = storm.finish()
+    assert reader.num_read and not reader.torn
     output = Path(site.root)
     check_output(output, site.ids)
     events = sorted((e for run in runs_of(output) for e in events_of(run)), key=lambda e: e["at_ns"])
     detected = delays_s(storm.rank_killed_ns, events, "worker_lost", 5.0)
     assert len(detected) >= 0.8 * len(storm.rank_killed_ns), "the others died with their driver or node"
     keep(
-        "kills", faults=dict(storm.done), total=storm.done.total(), rows=num_rows, violations=0,
-        runs=len(runs_of(output)), runs_after_the_last_fault=num_runs, rank_lost_noticed=summary(detected),
+        "kills",
+        faults=dict(storm.done),
+        total=storm.done.total(),
+        rows=num_rows,
+        violations=0,
+        runs=len(runs_of(output)),
+        runs_after_the_last_fault=num_runs,
+        clips_read_meanwhile=reader.num_read,
+        rank_lost_noticed=summary(detected),
         worker_ready_again=summary(delays_s(storm.rank_killed_ns, events, "worker_ready", 30.0)),
         seconds=round(time.monotonic() - started_s, 1),
-    )  # fmt: skip
+    )
     assert storm.done.total() >= 0.95 * num_faults, storm.done
