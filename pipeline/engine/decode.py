@@ -73,16 +73,16 @@ def _chunks(
         return
     with torch.inference_mode():
         frames = decoder.stream(latent_BCFHW, noise=noise)
-    while (chunk_CFHW := _taken(frames, size)) is not None:
-        yield chunk_CFHW
-        del chunk_CFHW
+    while taken := _taken(frames, size):
+        yield taken.pop()
 
 
-def _taken(frames: Iterator[Tensor], size: int) -> Tensor | None:
+def _taken(frames: Iterator[Tensor], size: int) -> list[Tensor]:
+    """The next chunk, in a list so that whoever hands it on can let go of it; nothing after the last."""
     # Around each chunk, not around all of them: whoever takes them is not in this mode.
     with torch.inference_mode():
         chunk = [frame_B3FHW[0] for frame_B3FHW in islice(frames, size)]
-        return torch.cat(chunk, dim=1) if chunk else None
+        return [torch.cat(chunk, dim=1)] if chunk else []
 
 
 def _require_shape(video_CFHW: Tensor, num_frames: int, rendered: PixelShape) -> None:

@@ -53,6 +53,8 @@ from pipeline.telemetry import OnStage, OnStep, ignore_steps
 # Parts that may wait on the host between uses.
 DENOISER = "denoiser"
 VIDEO_DECODER = "video_decoder"
+# For ordinary and for pinned memory of the host torch has no class of error, only these words.
+_HOST_EXHAUSTED = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class RenderEngine:
         """
         self._require_can_follow(recipe)
         shape, noise = request.shape, self.noise_for(request.seed)
-        chunk_latent_frames = self._make_room(memory_rung)
+        with _memory_reported(_size_of(shape)):
+            chunk_latent_frames = self._make_room(memory_rung)
         with _memory_reported(_size_of(shape)), torch.inference_mode():
             on_stage("text_encode")
             prompt = request.prompt
@@ -337,7 +340,6 @@ def _exhausted(error: MemoryError | RuntimeError) -> str | None:
     """Whose memory ran out, if that is what `error` says."""
     if isinstance(error, torch.OutOfMemoryError):
         return "device"
-    # torch has no class of its own for its allocator of host memory.
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _HOST_EXHAUSTED):
         return "host"
     return None

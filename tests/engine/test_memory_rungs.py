@@ -120,11 +120,22 @@ def test_memory_exhausted_in_any_phase_is_reported_and_the_next_clip_is_rendered
     assert np.array_equal(np.concatenate(before[0]), np.concatenate(after[0]))
 
 
+def fail_to_pin():
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+
+def test_a_rung_that_the_host_has_no_memory_for_is_reported_as_that(engine, recipe, request_for, monkeypatch):
+    monkeypatch.setattr(engine.residency, "tighten", fail_to_pin)
+    with pytest.raises(OutOfMemory, match="does not fit the host"):
+        engine.render(request_for(), recipe, ignore, memory_rung="offload")
+
+
 @pytest.mark.parametrize(
     ("allocate", "reason"),
     [
         (lambda: torch.empty(10**15), "DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
         (lambda: bytearray(10**17), "memory is exhausted"),
+        (fail_to_pin, "CUDA error: out of memory$"),
     ],
 )
 def test_exhausted_host_memory_is_reported_as_the_hosts(engine, recipe, request_for, allocate, reason):
