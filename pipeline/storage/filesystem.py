@@ -18,13 +18,15 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import fsspec
-from fsspec.core import url_to_fs
 
 from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
+from pipeline.storage.clients import client_of
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # An unfinished write older than this belongs to nobody: a clip is uploaded in minutes at most.
 ABANDONED_AFTER_S = 3600.0
+# Inputs are looked at once, at the start: a silent endpoint is said within a minute.
+_INPUT_TRIES = 2
 
 
 def is_local(uri: str) -> bool:
@@ -83,8 +85,7 @@ def filesystem_of(uri: str) -> tuple[Any, str]:
     """
     if is_local(uri):
         return fsspec.filesystem("file"), str(local_path(uri))
-    fs, path = url_to_fs(uri)
-    return fs, str(path)
+    return client_of(uri, tries=_INPUT_TRIES)
 
 
 def _is_hidden(relative: str) -> bool:

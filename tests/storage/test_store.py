@@ -22,6 +22,7 @@ from pipeline.errors import StorageFull, StorageUnavailable, UsageError
 from pipeline.storage import local_store, object_store
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.patience import Patience
 from pipeline.storage.store import Store, open_store
 from tests.conftest import s3_at
 
@@ -98,21 +99,26 @@ def in_front_of(url: str, answer: str) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        ("forgets", "output must be in a store with conditional puts .*, which overwrote a file; use one that has"),
-        ("501 NotImplemented", "output must be in a store with conditional puts .*, which answered: .* no; use one"),
-        ("403 InvalidAccessKeyId", "must be permitted, got: no; check the credentials"),
-    ],
-    ids=["forgets", "501", "403"],
-)
-def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(
-    bucket: str, s3_endpoint: str, answer: str, says: str
+@pytest.mark.parametrize("answer", ["forgets", "501 NotImplemented"])
+def test_a_bucket_without_conditional_puts_is_found_out_and_looks_before_it_writes(
+    bucket: str, s3_endpoint: str, answer: str, tmp_path: Path
 ) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"file")
     with in_front_of(s3_endpoint, answer) as url, s3_at(url):
+        store = ObjectStore(bucket)
+        store.prepare()
+        assert store.is_exclusive is False
+        worker = open_store(bucket, is_exclusive=store.is_exclusive)
+        assert [worker.create("a", content) for content in (b"one", b"two", source)] == [True, False, False]
+    behind = ObjectStore(bucket)
+    assert behind.read("a") == b"one" and behind.sizes("_attempts") == {}
+
+
+def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(bucket: str, s3_endpoint: str) -> None:
+    with in_front_of(s3_endpoint, "403 InvalidAccessKeyId") as url, s3_at(url):
         begin = time.monotonic()
-        with pytest.raises(UsageError, match=says) as caught:
+        with pytest.raises(UsageError, match="must be permitted, got: no; check the credentials") as caught:
             ObjectStore(bucket).prepare()
     assert time.monotonic() - begin < 10 and "\n" not in str(caught.value)
 
@@ -123,7 +129,9 @@ def test_a_large_file_goes_up_in_parts_and_is_created_once_too(
     store, source = ObjectStore(bucket), tmp_path / "source"
     source.write_bytes(b"x" * 11 * 2**20)
     monkeypatch.setattr(store._fs, "put_file", partial(store._fs.put_file, chunksize=5 * 2**20))
-    assert [store.create("big", source) for _ in range(2)] == [True, False]
+    assert store.create("big", source) is True
+    source.write_bytes(b"y" * 11 * 2**20)
+    assert store.create("big", source) is False
     assert store.size("big") == 11 * 2**20
     assert store._fs.info(f"{bucket}/big")["ETag"].endswith('-3"'), "it went up in three parts"
     assert store._fs.list_multipart_uploads(bucket.removeprefix("s3://")) == []
@@ -162,36 +170,45 @@ def failing(call: Callable[..., Any], errors: list[Exception], *, after: bool = 
     return wrapped
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "RETRY_WAITS_S", (0.0, 0.0, 0.0))
+# Waits as long as the real one by its own account, and in truth not at all.
+HASTY = Patience(600.0, pause=lambda wait_s: True)
 
 
-def test_a_bucket_that_fails_for_a_while_is_tried_again(
-    bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = ObjectStore(bucket)
+def test_a_bucket_that_fails_for_a_while_is_tried_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore(bucket, patience=HASTY)
     slow_down = [OSError(errno.EIO, "503 SlowDown") for _ in range(3)]
     monkeypatch.setattr(store._fs, "pipe_file", failing(store._fs.pipe_file, slow_down))
     store.write("a", b"x")
     assert store.read("a") == b"x"
 
 
-def test_a_bucket_that_stays_away_is_unavailable(bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ObjectStore(bucket)
+def test_a_bucket_that_stays_away_is_unavailable(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits_s: list[float] = []
+    store = ObjectStore(bucket, patience=Patience(600.0, pause=lambda s: waits_s.append(s) or len(waits_s) < 4))
     monkeypatch.setattr(store._fs, "pipe_file", failing(store._fs.pipe_file, [TimeoutError("timed out")] * 4))
-    with pytest.raises(StorageUnavailable, match=r"storage failed 4 times while writing .*/a: timed out"):
+    with pytest.raises(
+        StorageUnavailable, match=r"storage failed 4 times in 0 s while writing .*/a: timed out; run the"
+    ):
         store.write("a", b"x")
 
 
+@pytest.mark.parametrize("kind", ["bytes", "file", "file in parts"])
 def test_a_lost_acknowledgement_is_recognised_as_ours(
-    bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch
+    bucket: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The put arrived, its answer did not: the second try finds the name taken, by the first."""
-    store = ObjectStore(bucket)
-    monkeypatch.setattr(store._fs, "pipe_file", failing(store._fs.pipe_file, [TimeoutError("lost")], after=True))
-    assert store.create("record", b"mine") is True
-    assert store.create("record", b"theirs") is False
+    store = ObjectStore(bucket, patience=HASTY)
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    mine.write_bytes(b"mine__" * 2**20)
+    theirs.write_bytes(b"theirs" * 2**20)
+    put = "pipe_file" if kind == "bytes" else "put_file"
+    real = partial(getattr(store._fs, put), chunksize=(5 if kind.endswith("parts") else 50) * 2**20)
+    if kind.endswith("parts"):
+        mine.write_bytes(b"mine__" * 2**21)
+    monkeypatch.setattr(store._fs, put, failing(real, [TimeoutError("lost")], after=True))
+    assert store.create("record", mine.read_bytes() if kind == "bytes" else mine) is True
+    assert store.create("record", theirs.read_bytes() if kind == "bytes" else theirs) is False
+    assert store.digest("record")[0] == hashlib.sha256(mine.read_bytes()).hexdigest()
 
 
 def test_a_source_on_another_device_is_still_created_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
