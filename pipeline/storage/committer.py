@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,18 +27,9 @@ SETTLE_S = 2.0
 class Committer:
     """One driver's hold on an output without conditional puts. Whoever lost it may not write there any more."""
 
-    def __init__(
-        self,
-        store: Store,
-        run_id: str,
-        *,
-        settle_s: float = SETTLE_S,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, store: Store, run_id: str) -> None:
         self._store = store
         self._run_id = run_id
-        self._settle_s = settle_s
-        self._sleep = sleep
 
     def claim(self, now_ns: int) -> None:
         """Become the committer, which takes SETTLE_S; UsageError if another driver is."""
@@ -49,15 +40,15 @@ class Committer:
             raise self._held(standing)
         self._store.write(COMMITTER, self._lease.content(now_ns))
         took_s = time.monotonic() - begin_s
-        self._sleep(self._settle_s)
+        time.sleep(SETTLE_S)
         standing = read_lease(self._store, COMMITTER)
         if not self._lease.is_this(standing):
             raise self._held(standing or {})
-        if took_s >= self._settle_s:
+        if took_s >= SETTLE_S:
             # Another may have found it free, and held it, before this write arrived.
             self._store.delete(COMMITTER)
             raise UsageError(
-                f"output must answer within {self._settle_s:g} s to be written without conditional puts, got "
+                f"output must answer within {SETTLE_S:g} s to be written without conditional puts, got "
                 f"{took_s:.1f} s from {self._store.root_uri}; try again, or choose another output="
             )
         log.warning("%s has no conditional puts: run %s alone commits there", self._store.root_uri, self._run_id)

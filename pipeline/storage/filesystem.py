@@ -20,13 +20,14 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 
 from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
-from pipeline.storage.clients import client_of
+from pipeline.storage.clients import ANSWER_TIMEOUT_S, client_of
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # An unfinished write older than this belongs to nobody: a clip is uploaded in minutes at most.
 ABANDONED_AFTER_S = 3600.0
-# Inputs are looked at once, at the start: a silent endpoint is said within a minute.
-_INPUT_TRIES = 2
+# Inputs are mostly looked at before anything starts: a silent endpoint is said within a minute.
+INPUT_TRIES = 2
+INPUT_ANSWER_TIMEOUT_S = ANSWER_TIMEOUT_S
 
 
 def is_local(uri: str) -> bool:
@@ -85,7 +86,7 @@ def filesystem_of(uri: str) -> tuple[Any, str]:
     """
     if is_local(uri):
         return fsspec.filesystem("file"), str(local_path(uri))
-    return client_of(uri, tries=_INPUT_TRIES)
+    return client_of(uri, tries=INPUT_TRIES, answer_timeout_s=INPUT_ANSWER_TIMEOUT_S)
 
 
 def _is_hidden(relative: str) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 # Local folders for unfinished files; the rest of the name says whose, and of which run.
 SCRATCH_PREFIX = "ltx-scratch-"
+# What `prepare` tries the store with; the rest of the name says when.
+_PROBE_PREFIX = ".probe-"
 _UNSUPPORTED = ("NotImplemented", "501", "MethodNotAllowed", "405")
 # The client's library is not imported here, so its errors are known by their names.
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
@@ -78,7 +81,7 @@ class ObjectStore:
         return self.uri(name)
 
     def prepare(self) -> None:
-        probe = f"_attempts/.probe-{uuid.uuid4().hex[:12]}"
+        probe = f"_attempts/{_PROBE_PREFIX}{time.time_ns()}-{uuid.uuid4().hex[:12]}"
         self.is_exclusive = True
         try:
             if not self.create(probe, b"first"):
@@ -89,8 +92,7 @@ class ObjectStore:
         except _Unconditional:
             self.is_exclusive = False
             self.write(probe, b"first")
-        finally:
-            self.delete(probe)
+        self.delete(probe)
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -152,10 +154,13 @@ class ObjectStore:
         return Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{writer()}-{run_id}-"))
 
     def sweep(self, before_ns: int) -> None:
-        """Abort uploads in parts that killed writers left: they are invisible, and billed until somebody does."""
         _sweep_scratch()
+        for name in self.sizes("_attempts"):
+            if name.startswith(_PROBE_PREFIX) and int(name.removeprefix(_PROBE_PREFIX).partition("-")[0]) < before_ns:
+                self.delete(f"_attempts/{name}")
         if not hasattr(self._fs, "list_multipart_uploads"):
             return
+        # Uploads in parts that killed writers left are invisible, and billed until somebody aborts them.
         bucket, _, prefix = self._path.partition("/")
         try:
             for upload in self._try("listing the uploads of", "", lambda: list(self._uploads(bucket, f"{prefix}/"))):

@@ -97,7 +97,7 @@ class RunFolder:
         if not self._may_write():
             return
         if self._committer is not None:
-            self._committer.renew(now_ns)
+            self._renew_output(self._committer, now_ns)
         self._ledger.add(closed)
         self._ledger.flush(running)
         self._write_events()
@@ -123,6 +123,13 @@ class RunFolder:
                 "committed stays, the same command goes on"
             )
         return not self.fenced
+
+    def _renew_output(self, committer: Committer, now_ns: int) -> None:
+        try:
+            committer.renew(now_ns)
+        except WorkerLost:
+            self.fenced = True
+            raise
 
     def _release_output(self) -> None:
         if self._committer is not None:

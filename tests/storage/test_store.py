@@ -5,25 +5,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from pipeline.errors import StorageFull, StorageUnavailable, UsageError
-from pipeline.storage import local_store, object_store
+from pipeline.storage import local_store
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.patience import Patience
 from pipeline.storage.store import Store, open_store
+from tests.chaos.s3_faults import Fault, Request, faults_before, forget_the_condition, refusing
 from tests.conftest import s3_at
 
 
@@ -63,62 +61,38 @@ def test_a_store_that_can_be_written_is_prepared_without_a_trace(store: Store) -
     assert store.folders("_attempts") == [] and store.sizes("_attempts") == {}
 
 
-@contextmanager
-def in_front_of(url: str, answer: str) -> Iterator[str]:
-    """A server that passes on to the one at `url`, but for conditional puts: it forgets the condition, or refuses."""
+@dataclass
+class OfConditionalPuts:
+    """What happens to each of them."""
 
-    class Front(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    fault: Fault
 
-        def do_PUT(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if answer != "forgets" and "If-None-Match" in self.headers:
-                status, code = answer.split()
-                return self.reply(int(status), f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
-            headers = {name: value for name, value in self.headers.items() if name != "If-None-Match"}
-            request = urllib.request.Request(url + self.path, body or None, headers, method=self.command)
-            try:
-                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as passed:
-                    self.reply(passed.status, passed.read())
-            except urllib.error.HTTPError as error:
-                self.reply(error.code, error.read())
-
-        do_GET = do_HEAD = do_DELETE = do_POST = do_PUT
-
-        def reply(self, status: int, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Front) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    def choose(self, request: Request) -> Fault | None:
+        return self.fault if request.is_conditional_put else None
 
 
-@pytest.mark.parametrize("answer", ["forgets", "501 NotImplemented"])
+@pytest.mark.parametrize("fault", [forget_the_condition, refusing(501, "NotImplemented")], ids=["forgets", "501"])
 def test_a_bucket_without_conditional_puts_is_found_out_and_looks_before_it_writes(
-    bucket: str, s3_endpoint: str, answer: str, tmp_path: Path
+    bucket: str, s3_endpoint: str, fault: Fault, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"file")
-    with in_front_of(s3_endpoint, answer) as url, s3_at(url):
+    with faults_before(s3_endpoint, OfConditionalPuts(fault)) as proxy, s3_at(proxy.url):
         store = ObjectStore(bucket)
         store.prepare()
         assert store.is_exclusive is False
         worker = open_store(bucket, is_exclusive=store.is_exclusive)
         assert [worker.create("a", content) for content in (b"one", b"two", source)] == [True, False, False]
-    behind = ObjectStore(bucket)
-    assert behind.read("a") == b"one" and behind.sizes("_attempts") == {}
+        assert store.read("a") == b"one" and store.sizes("_attempts") == {}
 
 
 def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(bucket: str, s3_endpoint: str) -> None:
-    with in_front_of(s3_endpoint, "403 InvalidAccessKeyId") as url, s3_at(url):
+    refused = OfConditionalPuts(refusing(403, "InvalidAccessKeyId"))
+    with faults_before(s3_endpoint, refused) as proxy, s3_at(proxy.url):
         begin = time.monotonic()
-        with pytest.raises(UsageError, match="must be permitted, got: no; check the credentials") as caught:
+        with pytest.raises(
+            UsageError, match="must be permitted, got: a fault of the test; check the credentials"
+        ) as caught:
             ObjectStore(bucket).prepare()
     assert time.monotonic() - begin < 10 and "\n" not in str(caught.value)
 
@@ -145,10 +119,10 @@ def test_no_such_bucket_and_no_credentials_are_usage(s3_endpoint: str, monkeypat
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    object_store.url_to_fs("s3://x")[0].clear_instance_cache()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(UsageError, match="credentials must be set for s3://bucket/out"):
         ObjectStore("s3://bucket/out").prepare()
-    object_store.url_to_fs("s3://x")[0].clear_instance_cache()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def test_a_uri_that_no_library_knows_is_usage() -> None:
@@ -184,7 +158,9 @@ def test_a_bucket_that_fails_for_a_while_is_tried_again(bucket: str, monkeypatch
 
 def test_a_bucket_that_stays_away_is_unavailable(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits_s: list[float] = []
-    store = ObjectStore(bucket, patience=Patience(600.0, pause=lambda s: waits_s.append(s) or len(waits_s) < 4))
+    store = ObjectStore(
+        bucket, patience=Patience(600.0, pause=lambda wait_s: not waits_s.append(wait_s) and len(waits_s) < 4)
+    )
     monkeypatch.setattr(store._fs, "pipe_file", failing(store._fs.pipe_file, [TimeoutError("timed out")] * 4))
     with pytest.raises(
         StorageUnavailable, match=r"storage failed 4 times in 0 s while writing .*/a: timed out; run the"
