@@ -43,7 +43,7 @@ class Committer:
         time.sleep(SETTLE_S)
         standing = read_lease(self._store, COMMITTER)
         if not self._lease.is_this(standing):
-            raise self._held(standing or {})
+            raise self._held(standing)
         if took_s >= SETTLE_S:
             # Another may have found it free, and held it, before this write arrived.
             self._store.delete(COMMITTER)
@@ -58,7 +58,7 @@ class Committer:
         standing = read_lease(self._store, COMMITTER)
         if standing is not None and not self._lease.is_this(standing):
             raise WorkerLost(
-                f"output {self._store.root_uri} was taken over by run {standing.get('run_id')} while run "
+                f"output {self._store.root_uri} was taken over by run {standing['run_id']} while run "
                 f"{self._run_id} stood still; what it committed stays, the same command goes on"
             )
         self._store.write(COMMITTER, self._lease.content(now_ns))
@@ -67,10 +67,13 @@ class Committer:
         if self._lease.is_this(read_lease(self._store, COMMITTER)):
             self._store.delete(COMMITTER)
 
-    def _held(self, standing: Mapping[str, Any]) -> UsageError:
-        expires_s = int(standing.get("expires_ns", 0)) / NS_PER_S
-        until = datetime.fromtimestamp(expires_s, UTC).isoformat(timespec="seconds")
+    def _held(self, standing: Mapping[str, Any] | None) -> UsageError:
+        holder = "another run has just tried to take"
+        if standing is not None:
+            expires_s = int(standing["expires_ns"]) / NS_PER_S
+            until = datetime.fromtimestamp(expires_s, UTC).isoformat(timespec="seconds")
+            holder = f"run {standing['run_id']} holds until {until} or its end"
         return UsageError(
             f"output must have one driver at a time, as its store has no conditional puts, got {self._store.root_uri}, "
-            f"which run {standing.get('run_id')} holds until {until} or its end; wait, or choose another output="
+            f"which {holder}; wait, or choose another output="
         )

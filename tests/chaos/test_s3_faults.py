@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import StorageUnavailable
+from pipeline.storage.filesystem import sha256_of
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.patience import Patience
 from tests.chaos.s3_faults import FAULTS, Request, SeededPlan, faults_before
@@ -99,3 +102,24 @@ def test_racing_writers_behind_faults_have_one_winner_a_name_and_lose_nothing(up
             seen = {content for kind, n, content in done if (kind, n) == ("read", number)}
             assert seen <= {None, standing}
             assert behind.read(f"written/{number}") == contents[f"{number}-0"]
+
+
+def test_files_in_parts_go_up_whole_behind_faults_and_a_sweep_removes_the_parts_that_are_left(
+    upstream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_at(upstream):
+        bucket = make_bucket()
+    plan = SeededPlan(1, 0.15)
+    with faults_before(upstream, plan) as proxy, s3_at(proxy.url):
+        store = ObjectStore(f"{bucket}/out", patience=Patience(60.0), answer_timeout_s=1.0)
+        monkeypatch.setattr(store._fs, "put_file", partial(store._fs.put_file, chunksize=5 * 2**20))
+        for number in range(6):
+            source = tmp_path / str(number)
+            source.write_bytes(bytes([number]) * 11 * 2**20)
+            assert store.create(str(number), source) is True
+            assert store.digest(str(number)) == (sha256_of(source), 11 * 2**20)
+    assert plan.counts.total() >= 5
+    with s3_at(upstream):
+        behind = ObjectStore(f"{bucket}/out")
+        behind.sweep(time.time_ns() + 10**12)
+        assert behind._fs.list_multipart_uploads(bucket.removeprefix("s3://")) == []
