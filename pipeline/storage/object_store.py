@@ -47,7 +47,8 @@ class ObjectStore:
 
     Against an S3 endpoint that is silent an operation ends with StorageUnavailable: a request stands still for
     `answer_timeout_s` at most, is tried CLIENT_TRIES times, and the operation as a whole again while `patience` lasts.
-    With the defaults that is under 60 s. A transfer that moves, however slowly, is never ended.
+    With the defaults that is under 60 s, and under 90 s for an upload in parts, whose abort is waited for too. A
+    transfer that moves, however slowly, is never ended.
     """
 
     def __init__(
