@@ -162,10 +162,11 @@ class ObjectStore:
         if not hasattr(self._fs, "list_multipart_uploads"):
             return
         # Uploads in parts that killed writers left are invisible, and billed until somebody aborts them.
-        bucket, _, prefix = self._path.partition("/")
+        bucket, _, key = self._path.partition("/")
+        prefix = f"{key}/" if key else ""
         try:
-            for upload in self._try("listing the uploads of", "", lambda: list(self._uploads(bucket, f"{prefix}/"))):
-                if upload["Initiated"].timestamp() * 1e9 < before_ns and upload["Key"].startswith(f"{prefix}/"):
+            for upload in self._try("listing the uploads of", "", lambda: list(self._uploads(bucket, prefix))):
+                if upload["Initiated"].timestamp() * 1e9 < before_ns and upload["Key"].startswith(prefix):
                     with suppress(FileNotFoundError):  # another driver sweeps too, or it was completed just now
                         self._try("sweeping", upload["Key"], partial(self._abort, bucket, upload))
         except PipelineError as error:

@@ -179,10 +179,13 @@ def check_which_uploads_are_swept(bucket: str) -> None:
     assert open_uploads(bucket, store) == ["out-2/videos/other.mp4"]
 
 
-def test_all_pages_of_a_long_list_of_uploads_are_swept(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ObjectStore(f"{bucket}/out")
+@pytest.mark.parametrize("folder", ["/out", ""], ids=["in a folder", "at the root"])
+def test_all_pages_of_a_long_list_of_uploads_are_swept(
+    bucket: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ObjectStore(f"{bucket}{folder}")
     for number in range(5):
-        begun(bucket, f"out/videos/{number}.mp4", store)
+        begun(bucket, f"{folder}/videos/{number}.mp4".strip("/"), store)
     real = store._fs.call_s3
     paged = lambda method, **kw: real(method, **kw, **({"MaxUploads": 2} if method.startswith("list_m") else {}))  # noqa: E731
     monkeypatch.setattr(store._fs, "call_s3", paged)
