@@ -26,6 +26,20 @@ class LimitsConfig:
 
 
 @dataclass
+class StorageConfig:
+    """How long the output's store may fail or be silent."""
+
+    # A clip, its record and the ledger are written again and again for so long before the job gives up.
+    patience_s: float = 600.0
+    # A request to a bucket ends when nothing moves for so long; a slow transfer goes on.
+    answer_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        require(self.patience_s >= 0, "storage.patience_s", "0 or more", self.patience_s, "use 600")
+        require(self.answer_timeout_s > 0, "storage.answer_timeout_s", "above 0", self.answer_timeout_s, "use 10")
+
+
+@dataclass
 class RenderJob:
     """Everything `jobs.render` and `jobs.estimate` read."""
 
@@ -55,6 +69,7 @@ class RenderJob:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     pricing: PricingConfig = MISSING
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
         if self.limit is not None:

@@ -18,13 +18,16 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import fsspec
-from fsspec.core import url_to_fs
 
 from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
+from pipeline.storage.clients import ANSWER_TIMEOUT_S, client_of
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # An unfinished write older than this belongs to nobody: a clip is uploaded in minutes at most.
 ABANDONED_AFTER_S = 3600.0
+# Inputs are mostly looked at before anything starts: a silent endpoint is said within a minute.
+INPUT_TRIES = 2
+INPUT_ANSWER_TIMEOUT_S = ANSWER_TIMEOUT_S
 
 
 def is_local(uri: str) -> bool:
@@ -83,8 +86,7 @@ def filesystem_of(uri: str) -> tuple[Any, str]:
     """
     if is_local(uri):
         return fsspec.filesystem("file"), str(local_path(uri))
-    fs, path = url_to_fs(uri)
-    return fs, str(path)
+    return client_of(uri, tries=INPUT_TRIES, answer_timeout_s=INPUT_ANSWER_TIMEOUT_S)
 
 
 def _is_hidden(relative: str) -> bool:

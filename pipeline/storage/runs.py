@@ -1,14 +1,12 @@
 """A run's folder: `run.json`, the event log, the lease that says its driver lives, and tidying up after dead ones.
 
-The lease lies in `_attempts/<run_id>/`. Whoever finds it expired may sweep the attempts and close the dead run's
-ledger; on the same machine a driver that is gone is recognised at once, elsewhere when the lease runs out.
+The lease lies in `_attempts/<run_id>/`. Whoever finds it expired may close the run's ledger and sweep its attempts.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,11 +15,11 @@ import pyarrow as pa
 
 from pipeline.errors import UsageError, WorkerLost
 from pipeline.records.outcome import NS_PER_S, LedgerEntry, WorkerSeat, ledger_entry
-from pipeline.storage.processes import place, start_ticks
+from pipeline.storage.committer import Committer
+from pipeline.storage.leases import Lease, is_alive, read_lease
 from pipeline.storage.store import Store
 from pipeline.storage.tables import LedgerTable, read_ledger, write_ledger_file, write_results
 
-LEASE_S = 30
 # In a run's folder once another driver has closed it.
 CLOSED = "closed.json"
 # In a run's ledger: what another driver added when it closed the run.
@@ -30,13 +28,16 @@ TAIL = "tail-unknown.parquet"
 FLUSH_EVERY_S = 2.0
 # In a bucket the newest event file is rewritten while it grows; past this many lines a new one is begun.
 EVENTS_FILE_LINES = 2_000
+# Clocks of machines and stores differ: what is swept for its age is older than all that lives by so much.
+SWEEP_MARGIN_S = 600
 
 
 class RunFolder:
     """The files of one run, written by the one driver that holds its lease.
 
     A driver that was found dead (suspended for longer than its lease, say) is fenced: its run was closed by another,
-    so it writes nothing more and `write_ledger` raises.
+    so nothing more is written. The first method that would have raises WorkerLost, later ones do nothing. Where the
+    store has no conditional puts, this driver also holds the output as its one committer.
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
@@ -44,7 +45,8 @@ class RunFolder:
         self.fenced = False
         self._store = store
         self._folder = f"runs/{run_id}"
-        self._attempts = f"_attempts/{run_id}"
+        self._lease_name = lease_name(run_id)
+        self._committer = None if store.is_exclusive else Committer(store, run_id)
         self._facts: dict[str, Any] = {}
         self._ledger = LedgerTable(store, f"{self._folder}/ledger")
         # Events that a store which cannot append has yet to be given, as one file that grows until it is full.
@@ -56,24 +58,29 @@ class RunFolder:
         return self._store.shown(self._folder)
 
     def open(self, facts: Mapping[str, Any], now_ns: int) -> None:
-        """Claim the run id and write `run.json`; UsageError if the id is taken.
+        """Claim the run id (and the output, if need be) and write `run.json`; UsageError if one is taken.
 
         The lease comes first: whatever is killed in between can be swept.
         """
+        if self._committer is not None:
+            self._committer.claim(now_ns)
+        self._lease = Lease(self.run_id, now_ns)
         taken = UsageError(f"run_id must be new, got {self.run_id!r}, which exists; leave run_id= out")
-        if self._store.read(f"{self._folder}/run.json") is not None:
-            raise taken
-        if not self._store.create(f"{self._attempts}/lease.json", json.dumps(_lease(now_ns)).encode()):
-            raise taken
         self._facts = dict(facts)
+        is_new = self._store.read(f"{self._folder}/run.json") is None
+        if not is_new or not self._store.create(self._lease_name, self._lease.content(now_ns)):
+            self._release_output()
+            raise taken
         if not self._store.create(f"{self._folder}/run.json", as_json(self._facts).encode()):
+            # Its driver has opened and closed it since: what is in its attempts is this lease.
             remove_attempts(self._store, self.run_id)
+            self._release_output()
             raise taken
 
     def update(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into `run.json`."""
         self._facts.update(facts)
-        if not self.fenced:
+        if self._may_write():
             self._store.write(f"{self._folder}/run.json", as_json(self._facts).encode())
 
     def set_workers(self, seats: list[WorkerSeat]) -> None:
@@ -82,31 +89,51 @@ class RunFolder:
     def log(self, event: str, now_ns: int, **facts: Any) -> None:
         """Add one line to the event log: at once on a disk, with the next `write_ledger` in a bucket."""
         line = as_json({"at_ns": now_ns, "event": event, **facts}, indent=None) + "\n"
-        if not self._store.append(f"{self._folder}/events/driver.jsonl", line):
+        if self._may_write() and not self._store.append(f"{self._folder}/events/driver.jsonl", line):
             self._events.append(line)
 
     def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None:
-        """Make all entries so far readable and renew the lease; WorkerLost if another driver has closed this run."""
-        if self.fenced:
+        """Make all entries so far readable and renew the lease."""
+        if not self._may_write():
             return
-        if self._store.read(f"{self._folder}/{CLOSED}") is not None:
+        if self._committer is not None:
+            self._renew_output(self._committer, now_ns)
+        self._ledger.add(closed)
+        self._ledger.flush(running)
+        self._write_events()
+        self._store.write(self._lease_name, self._lease.content(now_ns))
+
+    def write_results(self, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
+        if self._may_write():
+            write_results(self._store, f"{self._folder}/results", rows, x_values)
+
+    def close(self) -> None:
+        """Give the lease back and remove what is left of this run's attempts."""
+        if self._may_write():
+            self._write_events()
+            remove_attempts(self._store, self.run_id)
+            self._release_output()
+
+    def _may_write(self) -> bool:
+        """False of a fenced run; WorkerLost when that is found out."""
+        if not self.fenced and self._store.read(f"{self._folder}/{CLOSED}") is not None:
             self.fenced = True
             raise WorkerLost(
                 f"run {self.run_id} was found dead and closed by another driver while it stood still; what it "
                 "committed stays, the same command goes on"
             )
-        self._ledger.add(closed)
-        self._ledger.flush(running)
-        self._write_events()
-        self._store.write(f"{self._attempts}/lease.json", json.dumps(_lease(now_ns)).encode())
+        return not self.fenced
 
-    def write_results(self, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
-        write_results(self._store, f"{self._folder}/results", rows, x_values)
+    def _renew_output(self, committer: Committer, now_ns: int) -> None:
+        try:
+            committer.renew(now_ns)
+        except WorkerLost:
+            self.fenced = True
+            raise
 
-    def close(self) -> None:
-        """Give the lease back and remove what is left of this run's attempts."""
-        self._write_events()
-        remove_attempts(self._store, self.run_id)
+    def _release_output(self) -> None:
+        if self._committer is not None:
+            self._committer.release()
 
     def _write_events(self) -> None:
         if not self._events:
@@ -153,6 +180,10 @@ def read_events(store: Store, run_id: str) -> list[dict[str, Any]]:
     return events
 
 
+def lease_name(run_id: str) -> str:
+    return f"_attempts/{run_id}/lease.json"
+
+
 def remove_attempts(store: Store, run_id: str) -> None:
     store.delete_folder(f"_attempts/{run_id}")
 
@@ -161,24 +192,32 @@ def close_dead_runs(store: Store, now_ns: int, cost_of: Callable[[str, int], Any
     """Close every run whose lease has expired: its ledger's tail as `unknown`, its `run.json`, its attempts.
 
     `cost_of(price_id, duration_ns)` prices the tail. Returns the ids of the runs closed. Two drivers may do this at
-    the same time: both write the same files.
+    the same time: both write the same files. Also sweeps what is left of writers that no living run has.
     """
     closed = []
+    oldest_ns = now_ns
     for run_id in store.folders("_attempts"):
-        lease = _read_lease(store, run_id)
-        if run_id == closed_by or (lease is not None and _is_alive(lease, now_ns)):
-            continue
-        if store.read(f"runs/{run_id}/run.json") is not None:
-            _close_run(store, run_id, lease, now_ns, cost_of, closed_by)
-            closed.append(run_id)
-        remove_attempts(store, run_id)
+        lease = read_lease(store, lease_name(run_id))
+        if lease is None and not store.sizes(f"_attempts/{run_id}") and not store.folders(f"_attempts/{run_id}"):
+            continue  # its driver is just beginning, or the store sweeps the empty folder
+        # Read between two looks at the lease, which is there from before run.json until that says how the run ended:
+        # a run that begins or ends at this moment is not taken for a dead one.
+        was_opened = store.read(f"runs/{run_id}/run.json") is not None
+        lease = read_lease(store, lease_name(run_id))
+        if lease is not None and is_alive(lease, now_ns):
+            oldest_ns = min(oldest_ns, int(lease.get("opened_ns", 0)))
+        elif run_id != closed_by:
+            if was_opened and _close_run(store, run_id, lease, now_ns, cost_of, closed_by):
+                closed.append(run_id)
+            remove_attempts(store, run_id)
+    store.sweep(oldest_ns - SWEEP_MARGIN_S * NS_PER_S)
     return closed
 
 
 def is_running(store: Store, run_id: str, now_ns: int) -> bool:
     """If the driver of this run still lives, by its lease."""
-    lease = _read_lease(store, run_id)
-    return lease is not None and _is_alive(lease, now_ns)
+    lease = read_lease(store, lease_name(run_id))
+    return lease is not None and is_alive(lease, now_ns)
 
 
 def _close_run(
@@ -188,12 +227,15 @@ def _close_run(
     now_ns: int,
     cost_of: Callable[[str, int], Any],
     closed_by: str,
-) -> None:
-    """Close one dead run. Each step gives the same files however often and by however many drivers it is done."""
+) -> bool:
+    """Close one dead run, says if it was still open.
+
+    Each step gives the same files however often and by however many drivers it is done.
+    """
     facts = read_run(store, run_id)
     if facts.get("state") != "running":
-        return
-    now_ns = _claimed_ns(store, run_id, now_ns, closed_by)
+        return False
+    now_ns, closed_by = _claimed(store, run_id, now_ns, closed_by)
     facts.update(state="lost", closed_by_run=closed_by)
     # The driver died between its last flush and the next one that did not come.
     seen_ns = int(lease["renewed_ns"]) if lease is not None else 0
@@ -202,7 +244,7 @@ def _close_run(
     except UsageError as error:
         # An unreadable table (a power cut, a hand edit) must not stop every later run; it stays for a person to see.
         store.write(f"runs/{run_id}/run.json", as_json({**facts, "ledger_problem": str(error)}).encode())
-        return
+        return True
     seats = [WorkerSeat(**worker) for worker in facts.get("workers", [])]
     tail = []
     for index, seat in enumerate(seats):
@@ -221,33 +263,12 @@ def _close_run(
         write_ledger_file(store, f"runs/{run_id}/ledger/{TAIL}", tail)
     facts["workers"] = [asdict(seat) for seat in seats]
     store.write(f"runs/{run_id}/run.json", as_json(facts).encode())
+    return True
 
 
-def _claimed_ns(store: Store, run_id: str, now_ns: int, closed_by: str) -> int:
-    """The moment at which the run was first found dead; whoever says so first says it for everybody."""
+def _claimed(store: Store, run_id: str, now_ns: int, closed_by: str) -> tuple[int, str]:
+    """The moment at which the run was first found dead, and by which run; whoever says so first says it for all."""
     claim = f"runs/{run_id}/{CLOSED}"
     store.create(claim, json.dumps({"found_dead_ns": now_ns, "by_run": closed_by}).encode())
-    return int(json.loads(store.read(claim) or b"")["found_dead_ns"])
-
-
-def _read_lease(store: Store, run_id: str) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(store.read(f"_attempts/{run_id}/lease.json") or b""))
-    except ValueError:
-        return None
-
-
-def _lease(now_ns: int) -> dict[str, Any]:
-    """The lease of this process, with which process on which boot of which machine it is: beside it, its end can be
-    seen at once."""
-    pid = os.getpid()
-    return {
-        "renewed_ns": now_ns, "expires_ns": now_ns + LEASE_S * NS_PER_S,
-        "place": place(), "pid": pid, "start": start_ticks(pid),
-    }  # fmt: skip
-
-
-def _is_alive(lease: Mapping[str, Any], now_ns: int) -> bool:
-    if lease.get("place") == place():
-        return start_ticks(int(lease["pid"])) == lease.get("start") is not None
-    return now_ns < int(lease.get("expires_ns", 0))
+    standing = json.loads(store.read(claim) or b"")
+    return int(standing["found_dead_ns"]), str(standing["by_run"])

@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import UsageError
+from pipeline.storage.clients import ANSWER_TIMEOUT_S
 from pipeline.storage.filesystem import is_local, local_path
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.patience import QUICK, Patience
 
 
 class Store(Protocol):
     """Files under one root. Names are relative and use `/`; every method raises our own storage errors."""
 
+    # If `create` is exclusive among any number of writers. Found out by `prepare`; where it is not, `create` looks and
+    # then writes, and `committer.py` keeps all but one driver out.
+    is_exclusive: bool
+
     @property
     def root_uri(self) -> str: ...
+
+    def with_patience(self, patience: Patience) -> Store:
+        """The same store, whose operations go on failing for so long before they raise StorageUnavailable."""
+        ...
 
     def uri(self, name: str) -> str: ...
 
@@ -28,7 +38,11 @@ class Store(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Prove that the root can be written and that `create` is exclusive there; UsageError if not."""
+        """Prove that the root can be written, UsageError if not, and find out if `create` is exclusive there."""
+        ...
+
+    def sweep(self, before_ns: int) -> None:
+        """Remove what writers left half-written that are gone, or that began before `before_ns` (UTC)."""
         ...
 
     def read(self, name: str) -> bytes | None:
@@ -42,7 +56,12 @@ class Store(Protocol):
     def write(self, name: str, content: bytes) -> None: ...
 
     def create(self, name: str, content: bytes | Path) -> bool:
-        """Create the file if it is absent; says if it did. A `Path` is a finished local file, which stays."""
+        """Create the file if it is absent; says if the file there is now this one. A `Path` is a finished local file,
+        which stays.
+
+        A put whose acknowledgement was lost is recognised by its content: of writers that create the same bytes, each
+        may be told that it did. Where it matters who won, the content names its writer.
+        """
         ...
 
     def replace(self, name: str, source: Path) -> None: ...
@@ -72,11 +91,20 @@ class Store(Protocol):
         ...
 
 
-def open_store(uri: str) -> Store:
-    """The store at `uri`: a path, or any URI that fsspec knows."""
+def open_store(
+    uri: str,
+    *,
+    patience: Patience = QUICK,
+    answer_timeout_s: float = ANSWER_TIMEOUT_S,
+    is_exclusive: bool = True,
+) -> Store:
+    """The store at `uri`: a path, or any URI that fsspec knows.
+
+    `is_exclusive` is for a process that does not call `prepare`: what it found in the one that did.
+    """
     if is_local(uri):
-        return LocalStore(local_path(uri))
+        return LocalStore(local_path(uri), patience=patience, is_exclusive=is_exclusive)
     try:
-        return ObjectStore(uri)
+        return ObjectStore(uri, patience=patience, answer_timeout_s=answer_timeout_s, is_exclusive=is_exclusive)
     except (ImportError, ValueError) as error:
         raise UsageError(f"output must be a path or a URI that fsspec knows, got {uri!r}: {error}") from error

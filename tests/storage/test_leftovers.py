@@ -46,10 +46,10 @@ def test_scratch_folders_end_with_their_run_or_with_the_next_start(
     left.mkdir()
     (left / "clip.mp4").write_bytes(b"half")
     worker, driver = ObjectStore(f"{bucket}/out"), ObjectStore(f"{bucket}/out")
-    driver.prepare()
+    driver.sweep(0)
     assert not left.exists()
     folders = [worker.scratch("run-1"), worker.scratch("run-11")]
-    driver.prepare()
+    driver.sweep(0)
     driver.delete_folder("_attempts/run-1")
     assert [folder.exists() for folder in folders] == [False, True]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UsageError, WorkerLost
-from pipeline.storage import runs
+from pipeline.storage import leases, runs
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.processes import writer
 from pipeline.storage.runs import RunFolder, close_dead_runs, read_events, read_run
@@ -48,7 +48,7 @@ def dead(store: Store, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     folder.set_workers([seat()])
     folder.write_ledger([entry("weight_load", 0, 3)], [entry("denoise", 3, 4, "row-0", 1)], 4 * S)
     store.write("_attempts/run-1/leftover.mp4", b"half a clip")
-    monkeypatch.setattr(runs, "start_ticks", lambda pid: None)
+    monkeypatch.setattr(leases, "start_ticks", lambda pid: None)
     return folder
 
 
@@ -179,7 +179,7 @@ def test_half_written_files_are_swept_when_their_writer_is_gone_or_they_are_old(
     for name in names:
         (attempts / name).write_bytes(b"half")
     os.utime(attempts / ".elsewhere-1-0-old", (time.time() - 4000, time.time() - 4000))
-    store.prepare()
+    store.sweep(time.time_ns() - 600 * S)
     assert {name: (attempts / name).exists() for name in names} == names
 
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from pipeline.errors import StorageFull, StorageUnavailable, UsageError
-from pipeline.storage import local_store, object_store
+from pipeline.storage import local_store
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.patience import Patience
 from pipeline.storage.store import Store, open_store
+from tests.chaos.s3_faults import Fault, Request, faults_before, forget_the_condition, refusing
 from tests.conftest import s3_at
 
 
@@ -62,57 +61,38 @@ def test_a_store_that_can_be_written_is_prepared_without_a_trace(store: Store) -
     assert store.folders("_attempts") == [] and store.sizes("_attempts") == {}
 
 
-@contextmanager
-def in_front_of(url: str, answer: str) -> Iterator[str]:
-    """A server that passes on to the one at `url`, but for conditional puts: it forgets the condition, or refuses."""
+@dataclass
+class OfConditionalPuts:
+    """What happens to each of them."""
 
-    class Front(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    fault: Fault
 
-        def do_PUT(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if answer != "forgets" and "If-None-Match" in self.headers:
-                status, code = answer.split()
-                return self.reply(int(status), f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
-            headers = {name: value for name, value in self.headers.items() if name != "If-None-Match"}
-            request = urllib.request.Request(url + self.path, body or None, headers, method=self.command)
-            try:
-                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as passed:
-                    self.reply(passed.status, passed.read())
-            except urllib.error.HTTPError as error:
-                self.reply(error.code, error.read())
-
-        do_GET = do_HEAD = do_DELETE = do_POST = do_PUT
-
-        def reply(self, status: int, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Front) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    def choose(self, request: Request) -> Fault | None:
+        return self.fault if request.is_conditional_put else None
 
 
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        ("forgets", "output must be in a store with conditional puts .*, which overwrote a file; use one that has"),
-        ("501 NotImplemented", "output must be in a store with conditional puts .*, which answered: .* no; use one"),
-        ("403 InvalidAccessKeyId", "must be permitted, got: no; check the credentials"),
-    ],
-    ids=["forgets", "501", "403"],
-)
-def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(
-    bucket: str, s3_endpoint: str, answer: str, says: str
+@pytest.mark.parametrize("fault", [forget_the_condition, refusing(501, "NotImplemented")], ids=["forgets", "501"])
+def test_a_bucket_without_conditional_puts_is_found_out_and_looks_before_it_writes(
+    bucket: str, s3_endpoint: str, fault: Fault, tmp_path: Path
 ) -> None:
-    with in_front_of(s3_endpoint, answer) as url, s3_at(url):
+    source = tmp_path / "source"
+    source.write_bytes(b"file")
+    with faults_before(s3_endpoint, OfConditionalPuts(fault)) as proxy, s3_at(proxy.url):
+        store = ObjectStore(bucket)
+        store.prepare()
+        assert store.is_exclusive is False
+        worker = open_store(bucket, is_exclusive=store.is_exclusive)
+        assert [worker.create("a", content) for content in (b"one", b"two", source)] == [True, False, False]
+        assert store.read("a") == b"one" and store.sizes("_attempts") == {}
+
+
+def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(bucket: str, s3_endpoint: str) -> None:
+    refused = OfConditionalPuts(refusing(403, "InvalidAccessKeyId"))
+    with faults_before(s3_endpoint, refused) as proxy, s3_at(proxy.url):
         begin = time.monotonic()
-        with pytest.raises(UsageError, match=says) as caught:
+        with pytest.raises(
+            UsageError, match="must be permitted, got: a fault of the test; check the credentials"
+        ) as caught:
             ObjectStore(bucket).prepare()
     assert time.monotonic() - begin < 10 and "\n" not in str(caught.value)
 
@@ -123,7 +103,9 @@ def test_a_large_file_goes_up_in_parts_and_is_created_once_too(
     store, source = ObjectStore(bucket), tmp_path / "source"
     source.write_bytes(b"x" * 11 * 2**20)
     monkeypatch.setattr(store._fs, "put_file", partial(store._fs.put_file, chunksize=5 * 2**20))
-    assert [store.create("big", source) for _ in range(2)] == [True, False]
+    assert store.create("big", source) is True
+    source.write_bytes(b"y" * 11 * 2**20)
+    assert store.create("big", source) is False
     assert store.size("big") == 11 * 2**20
     assert store._fs.info(f"{bucket}/big")["ETag"].endswith('-3"'), "it went up in three parts"
     assert store._fs.list_multipart_uploads(bucket.removeprefix("s3://")) == []
@@ -137,10 +119,10 @@ def test_no_such_bucket_and_no_credentials_are_usage(s3_endpoint: str, monkeypat
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    object_store.url_to_fs("s3://x")[0].clear_instance_cache()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(UsageError, match="credentials must be set for s3://bucket/out"):
         ObjectStore("s3://bucket/out").prepare()
-    object_store.url_to_fs("s3://x")[0].clear_instance_cache()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def test_a_uri_that_no_library_knows_is_usage() -> None:
@@ -162,36 +144,47 @@ def failing(call: Callable[..., Any], errors: list[Exception], *, after: bool = 
     return wrapped
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "RETRY_WAITS_S", (0.0, 0.0, 0.0))
+# Waits as long as the real one by its own account, and in truth not at all.
+HASTY = Patience(600.0, pause=lambda wait_s: True)
 
 
-def test_a_bucket_that_fails_for_a_while_is_tried_again(
-    bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = ObjectStore(bucket)
+def test_a_bucket_that_fails_for_a_while_is_tried_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore(bucket, patience=HASTY)
     slow_down = [OSError(errno.EIO, "503 SlowDown") for _ in range(3)]
     monkeypatch.setattr(store._fs, "pipe_file", failing(store._fs.pipe_file, slow_down))
     store.write("a", b"x")
     assert store.read("a") == b"x"
 
 
-def test_a_bucket_that_stays_away_is_unavailable(bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ObjectStore(bucket)
+def test_a_bucket_that_stays_away_is_unavailable(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits_s: list[float] = []
+    store = ObjectStore(
+        bucket, patience=Patience(600.0, pause=lambda wait_s: not waits_s.append(wait_s) and len(waits_s) < 4)
+    )
     monkeypatch.setattr(store._fs, "pipe_file", failing(store._fs.pipe_file, [TimeoutError("timed out")] * 4))
-    with pytest.raises(StorageUnavailable, match=r"storage failed 4 times while writing .*/a: timed out"):
+    with pytest.raises(
+        StorageUnavailable, match=r"storage failed 4 times in 0 s while writing .*/a: timed out; run the"
+    ):
         store.write("a", b"x")
 
 
+@pytest.mark.parametrize("kind", ["bytes", "file", "file in parts"])
 def test_a_lost_acknowledgement_is_recognised_as_ours(
-    bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch
+    bucket: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The put arrived, its answer did not: the second try finds the name taken, by the first."""
-    store = ObjectStore(bucket)
-    monkeypatch.setattr(store._fs, "pipe_file", failing(store._fs.pipe_file, [TimeoutError("lost")], after=True))
-    assert store.create("record", b"mine") is True
-    assert store.create("record", b"theirs") is False
+    store = ObjectStore(bucket, patience=HASTY)
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    mine.write_bytes(b"mine__" * 2**20)
+    theirs.write_bytes(b"theirs" * 2**20)
+    put = "pipe_file" if kind == "bytes" else "put_file"
+    real = partial(getattr(store._fs, put), chunksize=(5 if kind.endswith("parts") else 50) * 2**20)
+    if kind.endswith("parts"):
+        mine.write_bytes(b"mine__" * 2**21)
+    monkeypatch.setattr(store._fs, put, failing(real, [TimeoutError("lost")], after=True))
+    assert store.create("record", mine.read_bytes() if kind == "bytes" else mine) is True
+    assert store.create("record", theirs.read_bytes() if kind == "bytes" else theirs) is False
+    assert store.digest("record")[0] == hashlib.sha256(mine.read_bytes()).hexdigest()
 
 
 def test_a_source_on_another_device_is_still_created_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
