@@ -41,6 +41,8 @@ from pipeline.records.work import WorkItem
 from pipeline.storage.adapters import local_adapter
 from pipeline.storage.assets import AssetStore, Published
 from pipeline.storage.filesystem import storage_error
+from pipeline.storage.patience import Patience
+from pipeline.storage.store import Store
 
 if TYPE_CHECKING:
     # The engine is handed in: whoever hands in another one (tests/chaos) need not load torch.
@@ -71,6 +73,8 @@ class _Attempt:
     now_ns: Callable[[], int]
     stem: Path
     started_ns: int
+    # Bears with a store that is away, and shows signs of life meanwhile.
+    store: AssetStore
     state: str = ""
     since_ns: int = 0
     spent_ns: dict[str, int] = field(default_factory=dict)
@@ -120,7 +124,9 @@ class ClipWorker:
     """A ready worker: an engine that holds its model, a store, a meter. Executes one item at a time."""
 
     engine: RenderEngine
-    store: AssetStore
+    store: Store
+    # How long the store may be away before an attempt is given up for it.
+    patience_s: float
     # A local folder for files that are not finished.
     scratch: Path
     # Where copies of adapters from elsewhere are kept.
@@ -143,12 +149,13 @@ class ClipWorker:
         store did."""
         item = assignment.item
         stem = self.scratch / f"{item.key[:12]}.{item.attempt}"
-        attempt = _Attempt(assignment, self.meter, self.now_ns, stem, self.now_ns())
+        attempt = _Attempt(assignment, self.meter, self.now_ns, stem, self.now_ns(), self._patient_store(assignment))
         buffer = FrameBuffer(MAX_BUFFERED_BYTES)
         has_finisher = False
         try:
             attempt.enter("text_encode")
-            if (standing := self._standing(item)) is not None:
+            # Another driver, or a worker of one that died, may have committed it since the plan.
+            if self.resume and (standing := attempt.store.standing(item.key)) is not None:
                 assignment.end(self._adopted(attempt, standing))
                 return
             self._fetch_ahead(assignment.upcoming)
@@ -169,9 +176,15 @@ class ClipWorker:
             attempt.peak_gpu_bytes = self.take_peak_gpu_bytes()
             buffer.complete()
 
-    def _standing(self, item: WorkItem) -> Mapping[str, Any] | None:
-        """The record of the item, if another driver, or a worker of one that died, committed it since the plan."""
-        return self.store.standing(item.key) if self.resume else None
+    def _patient_store(self, assignment: Assignment) -> AssetStore:
+        def pause(wait_s: float) -> bool:
+            end_s = time.monotonic() + wait_s
+            while (left_s := end_s - time.monotonic()) > 0:
+                assignment.beat("wait")
+                time.sleep(min(left_s, BEAT_EVERY_S))
+            return True
+
+        return AssetStore(self.store.with_patience(Patience(self.patience_s, pause)))
 
     def _adopted(self, attempt: _Attempt, standing: Mapping[str, Any]) -> Rendered:
         return Rendered(
@@ -267,9 +280,9 @@ class ClipWorker:
     def _committed(self, attempt: _Attempt, streams: Streams, written: EncodeReport, facts: ClipFacts) -> Rendered:
         item, since_s = attempt.item, time.monotonic()
         video, thumbnail = (_with_suffix(attempt.stem, suffix) for suffix in (".mp4", ".jpg"))
-        published = self.store.publish_video(video, item.file_stem)
-        published, facts = self._adopt_if_taken(published, facts, video, item, streams.sample_rate_hz or 0)
-        poster = self.store.publish_thumbnail(thumbnail, item.file_stem)
+        published = attempt.store.publish_video(video, item.file_stem)
+        published, facts = self._adopt_if_taken(attempt, published, facts, video, streams.sample_rate_hz or 0)
+        poster = attempt.store.publish_thumbnail(thumbnail, item.file_stem)
         rendered = Rendered(
             item=item,
             asset=_asset(published.uri, poster.uri, facts),
@@ -283,11 +296,11 @@ class ClipWorker:
         record = commit_record(rendered, self.meter.entries_of(item.request.id, item.attempt), self.facts)
         if not self.commits:
             return replace(rendered, record=record)
-        standing = self.store.commit(item.key, record)
+        standing = attempt.store.commit(item.key, record)
         if (standing["run_id"], standing["attempt"]) != (self.facts.run_id, item.attempt):
             if standing["uri"] != published.uri:
-                self.store.discard(published)
-                self.store.discard(poster)
+                attempt.store.discard(published)
+                attempt.store.discard(poster)
             rendered = adopting(rendered, standing)
         timings = attempt.timings(written.encode_busy_s, time.monotonic() - since_s)
         return replace(rendered, timings=timings, finished_ns=self.now_ns())
@@ -338,18 +351,18 @@ class ClipWorker:
         return facts
 
     def _adopt_if_taken(
-        self, published: Published, facts: ClipFacts, video: Path, item: WorkItem, sample_rate_hz: int
+        self, attempt: _Attempt, published: Published, facts: ClipFacts, video: Path, sample_rate_hz: int
     ) -> tuple[Published, ClipFacts]:
         """If another writer's file has the name already: adopt it if it is a whole clip, else put ours there."""
         if published.created or published.sha256 == facts.sha256:
             return published, facts
         theirs = video.with_suffix(".theirs.mp4")
         try:
-            self.store.fetch(published, theirs)
-            return published, self._checked(theirs, item, sample_rate_hz)
+            attempt.store.fetch(published, theirs)
+            return published, self._checked(theirs, attempt.item, sample_rate_hz)
         except EngineFault as fault:
             log.warning("replacing a broken file: %s", fault, extra={"facts": {"uri": published.uri}})
-            return self.store.replace(published, video), facts
+            return attempt.store.replace(published, video), facts
 
 
 def _asset(uri: str, thumbnail_uri: str, facts: ClipFacts) -> ClipAsset:

@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
                         "pipeline.records.request", "pipeline.records.work", "kernels.ops", "pipeline.model"},
     "pipeline.worker": {"pipeline.config", "pipeline.records", "pipeline.telemetry", "pipeline.engine.engine",
                         "pipeline.media", "pipeline.storage.assets", "pipeline.storage.filesystem",
+                        "pipeline.storage.store", "pipeline.storage.patience",
                         "pipeline.storage.adapters",
                         "pipeline.cost.meter", "pipeline.errors", "pipeline.cluster.assignment"},
     # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions and sums the

@@ -20,3 +20,5 @@ class WorkerBrief:
     device: str
     # Bytes of device memory that each phase needs beside weights, for each kind of clip to come, the largest first.
     demands: tuple[Mapping[str, int], ...]
+    # If the output's store can tell two writers of one name apart, as the driver found; else the driver alone commits.
+    is_exclusive: bool = True

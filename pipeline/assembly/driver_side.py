@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import secrets
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -40,7 +41,17 @@ from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.planning.reach import refuse_scattered_output
 from pipeline.records.gang import Member
-from pipeline.records.outcome import NS_PER_S, RunFacts, WorkerSeat, item_row, rejected_row, skipped_row, timestamp
+from pipeline.records.outcome import (
+    NS_PER_S,
+    Rendered,
+    RunFacts,
+    WorkerSeat,
+    adopting,
+    item_row,
+    rejected_row,
+    skipped_row,
+    timestamp,
+)
 from pipeline.records.request import RequestLimits
 from pipeline.records.wishes import ModelRules
 from pipeline.report.rebuild import rebuild
@@ -49,6 +60,7 @@ from pipeline.storage.assets import AssetStore, RunningIndex
 from pipeline.storage.filesystem import is_local, join, size_of
 from pipeline.storage.manifest import Manifest, open_manifest
 from pipeline.storage.models import NOT_STAGED, staged_hashes
+from pipeline.storage.patience import Patience
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
 from pipeline.storage.store import open_store
 
@@ -174,10 +186,11 @@ class Run:
         self._started_ns = self._now_ns()
         self._device = worker_device(self.job)
         self._price = unit_price(worker_price(self.job, self._device))
-        self.store = open_store(self.job.output)
+        self.store = open_store(self.job.output, answer_timeout_s=self.job.storage.answer_timeout_s)
+        # For what a run has made already: a store that is away for minutes must not cost it.
+        self._patience = Patience(self.job.storage.patience_s, self._pause)
         at = timestamp(self._started_ns).strftime("%Y%m%dT%H%M%S")
         self.run_id = self.job.run_id or f"{at}-{secrets.token_hex(3)}"
-        self._index = RunningIndex(AssetStore(self.store), self.run_id)
         self.facts = RunFacts(
             self.run_id, self.job.model.name, self.fingerprint, self.job.precision.name, self.job.parallel.name
         )
@@ -187,7 +200,10 @@ class Run:
         self.store.prepare()
         closed = close_dead_runs(self.store, self._now_ns(), self._cost_of, self.run_id)
         x_values = self.manifest.x_values()
-        folder = RunFolder(self.store, self.run_id)
+        patient = self.store.with_patience(self._patience)
+        self._assets = AssetStore(patient)
+        self._index = RunningIndex(self._assets, self.run_id)
+        folder = RunFolder(patient, self.run_id)
         folder.open(self._run_facts(), self._now_ns())
         try:
             say(sys.stderr, f"run {self.run_id}; follow it with: python -m jobs.report run={folder.shown} follow=true")
@@ -212,7 +228,6 @@ class Run:
     def _driver(self, folder: RunFolder) -> Driver:
         queued_ns = self._now_ns()
         plan = self.plan
-        store = AssetStore(self.store)
         return Driver(
             queue=WorkQueue(replace(item, queued_ns=queued_ns) for item in plan.to_render),
             pool=self._pool(),
@@ -224,15 +239,30 @@ class Run:
             progress=Progress(sys.stderr),
             now_ns=self._now_ns,
             flush_every_s=FLUSH_EVERY_S,
-            committed=lambda item: store.standing(item.key),
+            committed=lambda item: self._assets.standing(item.key),
+            commit=self._commit,
             on_rendered=self._index.note,
         )
+
+    def _pause(self, wait_s: float) -> bool:
+        """Wait for a store to come back, but not once somebody has asked the run to stop."""
+        end_s = time.monotonic() + wait_s
+        while self.stop.reason is None and (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, 0.1))
+        return self.stop.reason is None
+
+    def _commit(self, rendered: Rendered) -> Rendered:
+        """Commit for a worker that may not, because only one process at a time may where `create` is not exclusive."""
+        assert rendered.record is not None
+        standing = self._assets.commit(rendered.item.key, rendered.record)
+        is_ours = (standing["run_id"], standing["attempt"]) == (self.run_id, rendered.item.attempt)
+        return rendered if is_ours else adopting(rendered, standing)
 
     def _pool(self) -> Pool:
         clips = [(item.request, resolved(self.recipes, item.request)) for item in self.plan.to_render]
         element_bytes = 4 if self.job.precision.dtype == "float32" else 2
         kinds = demands(clips, self.job.model.size, element_bytes=element_bytes)
-        brief = WorkerBrief(self.job, self.recipes, self.facts, self._device, kinds)
+        brief = WorkerBrief(self.job, self.recipes, self.facts, self._device, kinds, self.store.is_exclusive)
         factory = partial(self.build_worker, brief)
         cluster = self.job.cluster
         if cluster.pool == "in_process":

@@ -14,7 +14,6 @@ from pipeline.cost.meter import Meter
 from pipeline.engine.loading import MemoryBudget, load_engine
 from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
-from pipeline.storage.assets import AssetStore
 from pipeline.storage.models import local_copy
 from pipeline.storage.store import open_store
 from pipeline.worker import ClipRecipe, ClipWorker
@@ -29,13 +28,15 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     job, device = brief.job, brief.device
     if job.cluster.gpu_memory_limit_gb is not None:
         _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
-    store = open_store(job.output)
+    timeout_s = job.storage.answer_timeout_s
+    store = open_store(job.output, answer_timeout_s=timeout_s, is_exclusive=brief.is_exclusive)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
     budget = MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.demands) if device == "cuda" else None
     engine = load_engine(model, job.precision, device=device, ops=device_ops(device), budget=budget)
     return ClipWorker(
         engine=engine,
-        store=AssetStore(store),
+        store=store,
+        patience_s=job.storage.patience_s,
         scratch=store.scratch(brief.facts.run_id),
         cache=Path(job.model.cache),
         meter=meter,
@@ -44,6 +45,7 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
         now_ns=meter.now_ns,
         take_peak_gpu_bytes=_take_peak_gpu_bytes if device == "cuda" else lambda: None,
         resume=job.resume,
+        commits=brief.is_exclusive,
     )
 
 

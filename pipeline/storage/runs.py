@@ -52,6 +52,7 @@ class RunFolder:
         # Events that a store which cannot append has yet to be given, as one file that grows until it is full.
         self._events: list[str] = []
         self._events_part = 0
+        self._can_append = True
 
     @property
     def shown(self) -> str:
@@ -89,7 +90,10 @@ class RunFolder:
     def log(self, event: str, now_ns: int, **facts: Any) -> None:
         """Add one line to the event log: at once on a disk, with the next `write_ledger` in a bucket."""
         line = as_json({"at_ns": now_ns, "event": event, **facts}, indent=None) + "\n"
-        if self._may_write() and not self._store.append(f"{self._folder}/events/driver.jsonl", line):
+        # In a bucket a look at the store for every event would take the driver's time; its flush looks.
+        if self._can_append and self._may_write():
+            self._can_append = self._store.append(f"{self._folder}/events/driver.jsonl", line)
+        if not self._can_append and not self.fenced:
             self._events.append(line)
 
     def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None:

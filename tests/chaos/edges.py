@@ -31,8 +31,8 @@ class Edges:
         self._passed: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def open(self, uri: str) -> Store:
-        return _Watched(open_store(uri), self)  # type: ignore[return-value]
+    def open(self, uri: str, **settings: Any) -> Store:
+        return _Watched(open_store(uri, **settings), self)  # type: ignore[return-value]
 
     def passed(self, side: str, operation: str, name: str) -> None:
         edge = f"{side} {operation} {kind_of(name)}"
@@ -54,6 +54,8 @@ class _Watched:
 
     def __getattr__(self, operation: str) -> Any:
         attribute = getattr(self._store, operation)
+        if operation == "with_patience":
+            return lambda patience: _Watched(attribute(patience), self._edges)
         if operation not in CHANGES:
             return attribute
 

@@ -23,7 +23,6 @@ from pipeline.media.mux import EncodeSettings
 from pipeline.records.gang import Member
 from pipeline.records.request import RenderRequest
 from pipeline.records.work import MEMORY_RUNGS
-from pipeline.storage.assets import AssetStore
 from pipeline.storage.store import Store
 from pipeline.worker import ClipRecipe, ClipWorker
 
@@ -110,14 +109,16 @@ def do_harm(words: list[str], memory_rung: str) -> None:
 
 
 def build_colour_worker(
-    step_s: float, open_output: Callable[[str], Store], brief: WorkerBrief, meter: Meter, member: Member
+    step_s: float, open_output: Callable[..., Store], brief: WorkerBrief, meter: Meter, member: Member
 ) -> ClipWorker:
     """As `assembly.worker_side.build_worker`, with the engine above."""
     meter.enter("weight_load")
-    store = open_output(brief.job.output)
+    settings = brief.job.storage
+    store = open_output(brief.job.output, answer_timeout_s=settings.answer_timeout_s, is_exclusive=brief.is_exclusive)
     return ClipWorker(
         engine=ColourEngine(step_s),  # type: ignore[arg-type] - what the worker uses of one
-        store=AssetStore(store),
+        store=store,
+        patience_s=settings.patience_s,
         scratch=store.scratch(brief.facts.run_id),
         cache=store.scratch(brief.facts.run_id),
         meter=meter,
@@ -125,4 +126,6 @@ def build_colour_worker(
         facts=brief.facts,
         now_ns=meter.now_ns,
         take_peak_gpu_bytes=lambda: None,
+        resume=brief.job.resume,
+        commits=brief.is_exclusive,
     )
