@@ -13,10 +13,13 @@ from pipeline.geometry import PixelShape, latent_shape
 from pipeline.records.request import RenderRequest
 
 # Activations in 16-bit numbers, from measurements on one H200 (torch 2.11, 121 frames): the LTX-2 denoiser's peak at
-# 32,640 tokens is 1.95 GB above its weights; its video decoder takes 9.3 GB at 960x544 and 30.0 GB at 1920x1088.
+# 32,640 tokens is 1.95 GB above its weights. The video is decoded frame by frame, so only a frame's pixels count:
+# with its weights the decoder takes 1.68 GB at 768x512 and 3.54 GB at 1920x1088 (tests/bench/results/decode.jsonl).
 DENOISE_BYTES_PER_TOKEN_AND_CHANNEL = 15
-DECODE_BYTES_PER_PIXEL = 109
+DECODE_BYTES_PER_PIXEL_OF_A_FRAME = 1_800
 DECODE_BYTES_AT_LEAST = 1.4e9
+# The upsampler takes the whole clip: an eighth of the decoder's sides, and less work at each place.
+UPSAMPLE_BYTES_PER_PIXEL = 109 / 64
 # Hidden states of every layer of a 12 B encoder over 1,024 tokens, twice (stacked): under a gigabyte.
 TEXT_BYTES = 1.0e9
 
@@ -40,11 +43,10 @@ def _demand(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize, el
         shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
         samples = stage.samples_of_a_call(has_audio=size.has_audio)
         tokens = max(tokens, samples * (shape.num_video_tokens + shape.num_audio_latents))
-    pixels = rendered.num_frames * sizes[-1][0] * sizes[-1][1]
+    pixels = sizes[-1][0] * sizes[-1][1]
     return {
         "text_encode": round(TEXT_BYTES * scale),
         "denoise": round(DENOISE_BYTES_PER_TOKEN_AND_CHANNEL * tokens * size.video_width * scale),
-        # An eighth of the decoder's sides, and less work at each place.
-        "upsample": round(DECODE_BYTES_PER_PIXEL * pixels / 64 * scale),
-        "decode": round((DECODE_BYTES_AT_LEAST + DECODE_BYTES_PER_PIXEL * pixels) * scale),
+        "upsample": round(UPSAMPLE_BYTES_PER_PIXEL * rendered.num_frames * pixels * scale),
+        "decode": round((DECODE_BYTES_AT_LEAST + DECODE_BYTES_PER_PIXEL_OF_A_FRAME * pixels) * scale),
     }
