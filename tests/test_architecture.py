@@ -98,7 +98,16 @@ FENCES: dict[str, tuple[str, ...]] = {
     # jobs.entry names a type and an error of it.
     "omegaconf": ("pipeline.config", "jobs.entry"),
     # The workers, and the packaging and client of submitted jobs.
-    "ray": ("pipeline.cluster.actor", "pipeline.cluster.ray_pool", "pipeline.cluster.ray_session", "jobs.submit"),
+    "ray": (
+        "pipeline.cluster.actor",
+        "pipeline.cluster.ray_pool",
+        "pipeline.cluster.ray_session",
+        "pipeline.cluster.placement",
+        "pipeline.cluster.teardown",
+        "pipeline.cluster.node_watch",
+        "pipeline.cluster.rank_death",
+        "jobs.submit",
+    ),
 }
 
 # Imports inside functions: module -> why it may.

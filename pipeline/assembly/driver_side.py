@@ -268,7 +268,8 @@ class Run:
         if cluster.pool == "in_process":
             return LocalPool(factory, self._acquire, hang_after_s=cluster.hang_after_s)
         # Imported where it is called: Ray loads only when it is asked for.
-        from pipeline.cluster.ray_pool import RayPool, WorkerPlan
+        from pipeline.cluster.ray_pool import RayPool
+        from pipeline.cluster.worker_plan import WorkerPlan
 
         plan = WorkerPlan(
             run_id=self.run_id,

@@ -6,6 +6,7 @@ Thread-safe: the worker's threads tell, the pool's thread reads.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,18 +28,31 @@ class Beat:
 class Assignment:
     """One attempt at `item`. `upcoming` are items that may come next, for whatever can be fetched ahead."""
 
-    def __init__(self, item: WorkItem, on_end: Callable[[Outcome], None], upcoming: tuple[WorkItem, ...] = ()) -> None:
+    def __init__(
+        self, item: WorkItem, on_end: Callable[[Outcome | None], None], upcoming: tuple[WorkItem, ...] = ()
+    ) -> None:
         self.item = item
         self.upcoming = upcoming
         self._on_end = on_end
         self._lock = threading.Lock()
         self._beat = Beat()
+        self._heard_s: float | None = None
         self._is_cancelled = False
         self._has_ended = False
 
-    def beat(self, stage: str, step: int = 0, num_steps: int = 0) -> None:
-        """Say that the work goes on. Raises Cancelled if it shall not."""
+    def start(self) -> None:
+        """The worker begins with it: silence counts from here."""
         with self._lock:
+            self._heard_s = time.monotonic()
+
+    def beat(self, stage: str, step: int = 0, num_steps: int = 0) -> None:
+        """Say that the work goes on. Raises Cancelled if it shall not.
+
+        Each rank of a gang hears of that at a step of its own; if one then waits for another in vain, the gang is
+        ended. A worker that exchanges what its ranks heard before any of them raises saves its gang the new start.
+        """
+        with self._lock:
+            self._heard_s = time.monotonic()
             self._beat = Beat(self._beat.count + 1, stage, step, num_steps)
             if self._is_cancelled:
                 raise Cancelled(f"given up at step {step} of {stage}, as the driver asked")
@@ -47,8 +61,11 @@ class Assignment:
         with self._lock:
             self._is_cancelled = True
 
-    def end(self, outcome: Outcome) -> None:
-        """Give the answer. A second one is a bug of the worker and has no effect."""
+    def end(self, outcome: Outcome | None) -> None:
+        """Give the answer. A second one is a bug of the worker and has no effect.
+
+        None is for the ranks of a gang that follow: their part is done, and the leader says what became of the item.
+        """
         with self._lock:
             if self._has_ended:
                 return
@@ -58,6 +75,12 @@ class Assignment:
     @property
     def has_ended(self) -> bool:
         return self._has_ended
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last sign of life; 0 for what waits for its start."""
+        with self._lock:
+            return 0.0 if self._heard_s is None else time.monotonic() - self._heard_s
 
     @property
     def last_beat(self) -> Beat:

@@ -65,7 +65,7 @@ class LocalPool:
         return 1 if self._is_free else 0
 
     def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
-        assignment = Assignment(item, self._end, tuple(upcoming))
+        assignment = Assignment(item, lambda outcome: self._end(assignment, outcome), tuple(upcoming))
         with self._change:
             self._open.append(assignment)
         self._is_free = False
@@ -110,6 +110,8 @@ class LocalPool:
         if self._meter is None:
             return
         self._inbox.put(None)
+        # Whoever waits for an event need wait no longer.
+        self._events.put(Freed())
         if not abandon:
             deadline_s = time.monotonic() + JOIN_S
             self._thread.join(JOIN_S)
@@ -118,12 +120,12 @@ class LocalPool:
         self._meter.enter("teardown")
         self._released_ns = self._meter.release()
 
-    def _end(self, outcome: Outcome) -> None:
-        item = outcome.item
+    def _end(self, ended: Assignment, outcome: Outcome | None) -> None:
         with self._change:
-            self._open = [open for open in self._open if (open.item.key, open.item.attempt) != (item.key, item.attempt)]
+            self._open = [assignment for assignment in self._open if assignment is not ended]
             self._change.notify_all()
-        self._events.put(Finished(outcome))
+        if outcome is not None:
+            self._events.put(Finished(outcome))
 
     def _work(self) -> None:
         assert self._meter is not None
@@ -148,6 +150,7 @@ class LocalPool:
         if assignment.item.alone:
             with self._change:
                 self._change.wait_for(lambda: self._open == [assignment])
+        assignment.start()
         worker.execute(assignment)
         if assignment.item.alone:
             with self._change:

@@ -21,7 +21,7 @@ from pipeline.records.work import WorkItem
 class Worker(Protocol):
     """Renders items; whatever goes wrong with one comes back as its outcome, what goes wrong with the worker raises.
 
-    In a gang every rank executes, and the leader's outcome counts.
+    In a gang every rank executes. The leader's outcome counts; a follower ends with None, or with the failure it met.
     """
 
     def execute(self, assignment: Assignment) -> None:

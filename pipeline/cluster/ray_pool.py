@@ -1,106 +1,106 @@
-"""The Pool on Ray: one actor a worker, replaced when it dies; the ledger of a dead one is closed here.
+"""The Pool on Ray: gangs of actors, started as the queue needs them, ended as a whole when one rank is lost.
 
-The driver's thread never waits for an actor: each actor has one call outstanding, and `next_event` looks which have
-been answered.
+The driver's thread never waits for an actor: answers, ended teardowns and draining nodes all come through one inbox.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
-from pipeline.cluster.actor import Hello, Report, worker_actor
-from pipeline.cluster.pool import Finished, PoolEvent, WorkerBroken, WorkerFactory, WorkerGone
-from pipeline.cluster.ray_session import RaySession, wait_until_gone
-from pipeline.cost.pricing import UnitPrice
+from pipeline.cluster import placement
+from pipeline.cluster.group_start import GroupStart
+from pipeline.cluster.node_watch import NodeWatch
+from pipeline.cluster.pool import Finished, Freed, Noted, PoolEvent, WorkerBroken, WorkerFactory, WorkerGone
+from pipeline.cluster.rank_death import loss_by
+from pipeline.cluster.rank_ledger import RankLedger
+from pipeline.cluster.rank_report import Report
+from pipeline.cluster.ray_session import RaySession
+from pipeline.cluster.teardown import Teardown, TornDown
+from pipeline.cluster.worker_group import POLL_S, Loss, Rank, WorkerGroup
+from pipeline.cluster.worker_plan import WorkerPlan
 from pipeline.errors import PipelineError, WorkerLost
-from pipeline.records.outcome import LedgerEntry, WorkerSeat, ledger_entry
+from pipeline.records.outcome import LedgerEntry, WorkerSeat
 from pipeline.records.work import WorkItem
 
 log = logging.getLogger(__name__)
 
-# How long an actor's `poll` waits for news: the ledger's running entries are at most this old.
-POLL_S = 0.25
-NUM_PINGS = 3
-# So many workers lost in a row, with no item ended in between, are not bad luck.
-MAX_LOST_IN_A_ROW = 4
+# Actors wait with their answers so that no more come than one core of the driver bears.
+MAX_ANSWERS_PER_S = 200.0
+# Placing a gang takes the driver's thread some milliseconds.
+MAX_ASKED_AT_ONCE = 16
+CHECK_EVERY_S = 0.25
+COUNT_NODES_EVERY_S = 5.0
 # What an actor may take for its last report: a stop that is in a hurry, and one that waits for the worker's thread.
 HURRY_S, PATIENCE_S = 0.6, 12.0
 GONE_S = 0.3
 
 
-@dataclass(frozen=True)
-class WorkerPlan:
-    """What each worker is, and how many. `num_workers` None: as many as the cluster holds, at most `max_useful`."""
-
-    run_id: str
-    device: str
-    price: UnitPrice
-    threads: int
-    num_workers: int | None
-    max_useful: int
-    start_timeout_s: float
-    log_level: str = "warning"
-    # Called with the number of nodes once it is known; raises if the job cannot run on so many.
-    refuse_nodes: Callable[[int], None] = lambda num_nodes: None
-
-
-@dataclass
-class _Hand:
-    """One actor as the driver sees it. `answer` takes what its outstanding call `pending` returns."""
-
-    gpu_id: str
-    actor: Any
-    pending: Any
-    answer: Callable[[_Hand, Any], None]
-    asked_s: float
-    is_up: bool = False
-    is_ready: bool = False
-    hello: Hello | None = None
-    pinged_ns: int = 0
-    pings: list[tuple[int, int]] = field(default_factory=list)
-    seat: WorkerSeat | None = None
-    item: WorkItem | None = None
-    item_since_ns: int = 0
-    handing_in: Any = None
-    running: LedgerEntry | None = None
-    closed_to_ns: int = 0
-
-
 class RayPool:
-    """A pool of Ray actors, each with one worker made by `factory`, which is pickled. `now_ns` is the run's clock."""
+    """A pool of gangs, each with one worker made by `factory`, which is pickled. `now_ns` is the run's clock."""
 
     def __init__(self, factory: WorkerFactory, plan: WorkerPlan, now_ns: Callable[[], int]) -> None:
-        self._factory = factory
         self._plan = plan
+        self._starter = GroupStart(factory, plan, now_ns, self._ask, self._note_place, self._note_seat, self._begun)
         self._now_ns = now_ns
         self._session = RaySession(plan.start_timeout_s)
-        self._is_up = self._is_started = self._is_over = self._has_warned = False
-        self._hands: list[_Hand] = []
-        self._seats: dict[str, WorkerSeat] = {}
+        self._is_up = self._is_started = self._is_over = self._is_draining = self._has_warned = False
+        self._groups: dict[str, WorkerGroup] = {}
+        self._free: dict[str, WorkerGroup] = {}
+        # Ended or being ended; each holds its place until it is torn down.
+        self._leaving: dict[str, WorkerGroup] = {}
+        self._ledgers: dict[str, RankLedger] = {}
+        self._running: dict[str, LedgerEntry] = {}
         self._closed: list[LedgerEntry] = []
+        self._seats: list[WorkerSeat] = []
         self._events: deque[PoolEvent] = deque()
-        self._num_asked = self._num_wanted = self._num_lost_in_a_row = 0
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._teardown: Teardown | None = None
+        self._watch = NodeWatch(lambda draining: self._inbox.put(partial(self._note_drains, draining)))
+        self._draining: dict[str, int] = {}
+        self._num_asked = self._num_wanted = self._num_spare = self._most = 0
+        self._check_at_s = self._count_at_s = 0.0
 
     def start(self) -> None:
         self._is_started = True
         self._session.open()
 
-    def num_free(self) -> int:
-        return len(self._free()) if self._is_started else 1
+    def want(self, num_workers: int, num_spare: int = 0) -> None:
+        if num_workers > self._num_wanted:
+            self._check_at_s = 0.0
+        self._num_wanted, self._num_spare = num_workers, num_spare
 
-    def submit(self, item: WorkItem) -> None:
-        hand = self._free()[0]
-        hand.item, hand.item_since_ns = item, self._now_ns()
-        hand.handing_in = hand.actor.submit.remote(item)
+    def num_free(self) -> int:
+        return len(self._free) if self._is_started else 1
+
+    def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
+        """To the worker that has been free for longest; an item that is to be alone, to one that holds nothing else."""
+        fit = (group for group in self._free.values() if group.holds_nothing or not item.alone)
+        group = next(fit, None) or next(iter(self._free.values()))
+        del self._free[group.group_id]
+        if group.take(item, self._now_ns()):
+            self._send(group, item, tuple(upcoming))
+
+    def cancel(self, item: WorkItem) -> None:
+        for group in self._groups.values():
+            if any((held.item.key, held.item.attempt) == (item.key, item.attempt) for held in group.held()):
+                for rank in group.ranks:
+                    self._ask(group, rank, rank.actor.cancel.remote(item))
+
+    def drain(self) -> None:
+        self._is_draining = True
+        for group in self._groups.values():
+            for rank in group.ranks:
+                if rank.is_ready:
+                    self._ask(group, rank, rank.actor.drain.remote())
 
     def next_event(self, timeout_s: float) -> PoolEvent | None:
         deadline_s = time.monotonic() + timeout_s
@@ -116,222 +116,282 @@ class RayPool:
         return self._events.popleft() if self._events else None
 
     def seats(self) -> list[WorkerSeat]:
-        return list(self._seats.values())
+        return self._seats
 
     def take_ledger(self) -> tuple[list[LedgerEntry], list[LedgerEntry]]:
-        taken, self._closed = self._closed, []
-        return taken, [hand.running for hand in self._hands if hand.running is not None]
+        closed, self._closed = self._closed, []
+        ranks = [rank for group in self._leaving.values() for rank in group.ranks]
+        now_ns = self._now_ns()
+        ending = [rank.ledger.running(now_ns) for rank in ranks if rank.ledger is not None]
+        return closed, [*self._running.values(), *(entry for entry in ending if entry is not None)]
 
     def stop(self, *, abandon: bool) -> None:
         """Take the last reports, end every actor and see that its process is gone; then leave Ray."""
         self._is_over = True
+        self._watch.stop()
         self._take_last_reports(HURRY_S if abandon else PATIENCE_S, abandon)
-        hands, self._hands = self._hands, []
-        for hand in hands:
-            self._close_seat(hand)
-        self._end(hands)
+        if self._teardown is not None:
+            self._teardown.stop(self._leaving.values(), GONE_S)
+        for group in self._leaving.values():
+            self._release(group)
         self._session.close(abandon=abandon)
 
     def _take_last_reports(self, timeout_s: float, abandon: bool) -> None:
-        """Both of each worker: the one it was asked for before, which took entries along, and the one of its stop."""
-        held = [hand for hand in self._hands if hand.seat is not None]
-        asked = {ref: hand for hand in held for ref in (hand.pending, hand.actor.stop.remote(abandon))}
-        if not asked:
-            return
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
-        for ref in (ref for ref in asked if ref in answered):
+        for group in list(self._groups.values()):
+            self._say_farewell(group, abandon)
+        deadline_s = time.monotonic() + timeout_s
+        while any(group.is_saying_farewell for group in self._leaving.values()):
             try:
-                report = ray.get(ref)
-            except RayError:
-                continue  # it died meanwhile; closed like any dead worker
-            if isinstance(report, Report):
-                self._take(asked[ref], report)
-
-    def _free(self) -> list[_Hand]:
-        return [hand for hand in self._hands if hand.is_ready and hand.item is None]
+                self._inbox.get(timeout=max(0.0, deadline_s - time.monotonic()))()
+            except queue.Empty:
+                break
+        for group in self._leaving.values():
+            if not group.is_ended:
+                self._events.extend(Finished(outcome) for outcome in group.conclude(float("inf")))
 
     def _advance(self, timeout_s: float) -> None:
-        """Wait for one answer of an actor, or of Ray itself while it starts."""
+        """Do what is due, then wait for one message; or for Ray itself while it starts."""
         if not self._is_up:
             if not self._session.wait_until_up(timeout_s):
                 return
-            self._is_up = True
-            self._plan.refuse_nodes(sum(1 for node in ray.nodes() if node["Alive"]))
-            self._num_wanted = self._plan.num_workers or self._auto_workers()
-            for _ in range(self._num_wanted):
-                self._ask()
-        self._check_late_starters()
-        waiting = {ref: hand for hand in self._hands for ref in (hand.pending, hand.handing_in) if ref is not None}
-        if not waiting:
-            return
-        answered, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
-        for ref in answered:
-            self._hear(waiting[ref], ref)
-
-    def _auto_workers(self) -> int:
-        total = ray.cluster_resources().get("GPU" if self._plan.device == "cuda" else "CPU", 0)
-        return max(1, min(int(total), self._plan.max_useful))
-
-    def _ask(self) -> None:
-        """Ask the cluster for one more worker."""
-        on_gpu = self._plan.device == "cuda"
-        actor = worker_actor(
-            num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0, threads=self._plan.threads, folder=str(Path.cwd())
-        )
-        gpu_id = f"{self._plan.device}-{self._num_asked}"
-        self._num_asked += 1
-        hand = _Hand(gpu_id, actor, actor.hello.remote(), self._greet, time.monotonic())
-        self._hands.append(hand)
-
-    def _hear(self, hand: _Hand, ref: Any) -> None:
-        if hand not in self._hands:
+            self._come_up()
+        # First what was said: a driver that was kept busy elsewhere must not take its own silence for theirs.
+        while not self._inbox.empty():
+            self._inbox.get()()
+        if time.monotonic() >= self._check_at_s:
+            self._check_at_s = time.monotonic() + CHECK_EVERY_S
+            self._balance()
+            self._check_places()
+            for group in list(self._groups.values()):
+                self._look_at(group)
+            for group in self._leaving.values():
+                self._end_if_silent(group)
+        if self._events:
             return
         try:
-            value = ray.get(ref)
-        except RayTaskError as error:
-            self._events.append(WorkerBroken(_as_ours(hand, error)))
-            self._lose(hand, "it could not go on")
+            self._inbox.get(timeout=min(timeout_s, CHECK_EVERY_S))()
+        except queue.Empty:
             return
-        except RayError as error:
-            self._lose(hand, _cause_of(error))
-            self._replace(hand, _cause_of(error))
+
+    def _come_up(self) -> None:
+        self._is_up = True
+        self._plan.refuse_nodes(sum(1 for node in ray.nodes() if node["Alive"]))
+        self._teardown = Teardown(lambda done: self._inbox.put(partial(self._torn_down, done)))
+        self._watch.start()
+
+    def _balance(self) -> None:
+        """Start missing workers, give back surplus ones.
+
+        An idle worker is kept for as long as its start took: then neither keeping it nor starting another for work
+        that comes later costs more than twice what a prophet would pay.
+        """
+        now_s = time.monotonic()
+        if now_s >= self._count_at_s:
+            self._count_at_s = now_s + COUNT_NODES_EVERY_S
+            self._most = self._plan.num_workers or placement.capacity(self._plan, self._draining)
+        staying = [group for group in self._groups.values() if not group.is_draining]
+        num_ending = sum(1 for group in self._leaving.values() if not group.is_draining)
+        target = min(self._num_wanted, self._most)
+        num_missing = min(target - len(staying), self._most - len(staying) - num_ending)
+        for _ in range(min(num_missing, MAX_ASKED_AT_ONCE)):
+            group = self._starter.start(self._num_asked)
+            self._num_asked += 1
+            self._groups[group.group_id] = group
+        spare = [group for group in reversed(staying) if group.is_spare(now_s)]
+        spare.sort(key=lambda group: group.is_placed)
+        useless = [group for group in self._groups.values() if group.is_draining and group.holds_nothing]
+        for group in [*useless, *spare[: max(0, len(staying) - target - self._num_spare)]]:
+            self._give_back(group)
+
+    def _ask(self, group: WorkerGroup, rank: Rank, ref: Any, then: Callable[..., None] | None = None) -> None:
+        """Have the answer of `ref` given to `then` on the driver's thread."""
+        answered = partial(self._hear, group, rank, then)
+        ref.future().add_done_callback(lambda answer: self._inbox.put(partial(answered, answer)))
+
+    def _hear(self, group: WorkerGroup, rank: Rank, then: Callable[..., None] | None, answer: Future[Any]) -> None:
+        error = answer.exception()
+        if group.is_ended:
             return
-        if ref == hand.handing_in:
-            hand.handing_in = None
+        if error is None:
+            if then is not None:
+                then(group, rank, answer.result())
+        elif group.is_leaving:
+            rank.due_s, rank.is_awaited = None, False
+            self._end_if_silent(group)
         else:
-            hand.answer(hand, value)
+            self._lose(group, loss_by(error, group, rank))
 
-    def _greet(self, hand: _Hand, hello: Hello) -> None:
-        hand.hello, hand.is_up, hand.answer = hello, True, self._compare_clocks
-        self._ping(hand)
+    def _note_place(self, group: WorkerGroup) -> None:
+        assert self._teardown is not None and group.node_id is not None, "it was greeted"
+        self._teardown.prepare(group.node_id)
+        if group.node_id in self._draining:
+            self._note_drains(self._draining)
 
-    def _ping(self, hand: _Hand) -> None:
-        hand.pinged_ns = self._now_ns()
-        hand.pending = hand.actor.now_ns.remote()
+    def _note_seat(self, ledger: RankLedger) -> None:
+        self._ledgers[ledger.seat.gpu_id] = ledger
+        self._note_seats()
 
-    def _compare_clocks(self, hand: _Hand, theirs_ns: int) -> None:
-        """The offset of the driver's clock from the actor's, from the shortest of a few round trips."""
-        trip_ns = self._now_ns() - hand.pinged_ns
-        hand.pings.append((trip_ns, hand.pinged_ns + trip_ns // 2 - theirs_ns))
-        if len(hand.pings) < NUM_PINGS:
-            self._ping(hand)
+    def _begun(self, group: WorkerGroup, rank: Rank) -> None:
+        if self._is_draining:
+            self._ask(group, rank, rank.actor.drain.remote())
+        self._poll(group, rank, 0.0)
+
+    def _poll(self, group: WorkerGroup, rank: Rank, timeout_s: float) -> None:
+        rank.due_s = None
+        if not self._is_over and not group.is_leaving:
+            rank.due_s = time.monotonic() + timeout_s
+            self._ask(group, rank, rank.actor.poll.remote(timeout_s), self._report)
+
+    def _report(self, group: WorkerGroup, rank: Rank, report: Report) -> None:
+        num_actors = len(self._groups) * self._plan.num_ranks
+        self._poll(group, rank, max(POLL_S, num_actors / MAX_ANSWERS_PER_S))
+        self._take(group, rank, report)
+        if group.is_leaving:
+            self._end_if_silent(group)
+
+    def _take(self, group: WorkerGroup, rank: Rank, report: Report) -> None:
+        assert rank.ledger is not None, "it had a seat before its worker"
+        rank.ledger.take(report.closed, report.running, report.released_ns)
+        self._closed += rank.ledger.take_closed()
+        if report.running is not None and not group.is_leaving:
+            self._running[rank.gpu_id] = report.running
+        was_ready = group.is_ready
+        group.hear(rank, report, time.monotonic())
+        if group.is_ready and not was_ready and not group.is_leaving:
+            seconds = time.monotonic() - group.asked_s
+            self._note("worker_ready", group, seconds=round(seconds, 3), start_s=round(group.ready_after_s, 3))
+        self._look_at(group)
+
+    def _look_at(self, group: WorkerGroup) -> None:
+        """Draw the conclusions of what is known of a worker."""
+        now_s = time.monotonic()
+        self._events.extend(Finished(outcome) for outcome in group.conclude(now_s))
+        if group.is_leaving:
             return
-        assert hand.hello is not None
-        offset_ns = min(hand.pings)[1]
-        hand.seat = WorkerSeat(
-            run_id=self._plan.run_id,
-            gpu_id=hand.gpu_id,
-            node_id=hand.hello.node_name,
-            group_id=f"group-{hand.gpu_id.rpartition('-')[2]}",
-            rank=0,
-            acquired_ns=hand.hello.born_ns + offset_ns,
+        loss = group.loss(now_s)
+        if loss is not None:
+            self._lose(group, loss)
+            return
+        waiting = group.next_waiting()
+        if waiting is not None:
+            self._send(group, waiting, ())
+        if group.is_free and group.group_id not in self._free:
+            self._free[group.group_id] = group
+            self._events.append(Freed())
+        elif not group.is_free:
+            self._free.pop(group.group_id, None)
+
+    def _send(self, group: WorkerGroup, item: WorkItem, upcoming: tuple[WorkItem, ...]) -> None:
+        for rank in group.ranks:
+            self._ask(group, rank, rank.actor.submit.remote(item, upcoming))
+
+    def _lose(self, group: WorkerGroup, loss: Loss) -> None:
+        """A rank is lost, or as good as lost: so is its worker, at once."""
+        self._retire(group)
+        for rank in group.ranks:
+            if rank.ledger is not None:
+                rank.ledger.lose(self._now_ns())
+                self._closed += rank.ledger.take_closed()
+        held = group.held()
+        self._events.append(
+            WorkerBroken(loss.error) if loss.error is not None else WorkerGone(loss.cause, held, loss.fault)
         )
-        hand.closed_to_ns = hand.seat.acquired_ns
-        self._seats[hand.gpu_id] = hand.seat
-        hand.pending = hand.actor.begin.remote(
-            self._factory, hand.seat, self._plan.price, offset_ns, self._plan.log_level
-        )
-        hand.answer = self._begun
+        self._end_group(group)
 
-    def _begun(self, hand: _Hand, nothing: None) -> None:
-        hand.answer = self._report
-        hand.pending = hand.actor.poll.remote(0.0)
+    def _retire(self, group: WorkerGroup) -> None:
+        group.is_leaving = True
+        for rank in group.ranks:
+            self._running.pop(rank.gpu_id, None)
+        del self._groups[group.group_id]
+        self._free.pop(group.group_id, None)
+        self._leaving[group.group_id] = group
 
-    def _report(self, hand: _Hand, report: Report) -> None:
-        hand.pending = hand.actor.poll.remote(POLL_S)
-        self._take(hand, report)
+    def _give_back(self, group: WorkerGroup) -> None:
+        """Nobody needs it: it says its last, then its place is free for others."""
+        if group.is_placed:
+            self._note("worker_given_back", group)
+        self._say_farewell(group, abandon=True)
+        self._end_if_silent(group)
 
-    def _take(self, hand: _Hand, report: Report) -> None:
-        for event in report.events:
-            self._events.append(event)
-            if isinstance(event, Finished):
-                hand.item = None
-                self._num_lost_in_a_row = 0
-        self._closed.extend(report.closed)
-        hand.closed_to_ns = max([hand.closed_to_ns, *(entry.t1_ns for entry in report.closed)])
-        hand.running, hand.is_ready = report.running, report.is_ready
-        if report.released_ns is not None and hand.seat is not None:
-            self._seats[hand.gpu_id] = hand.seat = replace(hand.seat, released_ns=report.released_ns)
+    def _say_farewell(self, group: WorkerGroup, abandon: bool) -> None:
+        """Have the last reports of its ranks: the one each was asked for before, and the one of its stop."""
+        self._retire(group)
+        group.leave_by_s = time.monotonic() + HURRY_S
+        if group.has_begun:
+            for rank in group.ranks:
+                rank.is_awaited = True
+                self._ask(group, rank, rank.actor.stop.remote(abandon), self._take_leave)
 
-    def _lose(self, hand: _Hand, cause: str) -> None:
-        self._hands.remove(hand)
-        self._close_seat(hand)
-        self._end([hand])
-        self._events.append(WorkerGone(f"{hand.gpu_id}: {cause}", hand.item, hand.item_since_ns))
+    def _take_leave(self, group: WorkerGroup, rank: Rank, report: Report) -> None:
+        rank.is_awaited = False
+        self._take(group, rank, report)
+        self._note_seats()
+        self._end_if_silent(group)
 
-    def _replace(self, hand: _Hand, cause: str) -> None:
-        self._num_lost_in_a_row += 1
-        if self._num_lost_in_a_row >= MAX_LOST_IN_A_ROW:
-            raise WorkerLost(
-                f"{self._num_lost_in_a_row} workers in a row were lost before any ended an item, the last "
-                f"{hand.gpu_id}: {cause}; see the logs of Ray, then run the same command again"
-            )
-        self._ask()
+    def _end_if_silent(self, group: WorkerGroup) -> None:
+        """Once its ranks have said their last, or take too long for that, nothing keeps their processes."""
+        is_over = not group.is_saying_farewell or time.monotonic() > group.leave_by_s
+        if is_over and not group.is_ended and not self._is_over:
+            self._end_group(group)
 
-    def _close_seat(self, hand: _Hand) -> None:
-        """The ledger of a worker that can report no more: what it last said, then `unknown` up to now."""
-        seat, running, hand.running = hand.seat, hand.running, None
-        if seat is None or seat.released_ns is not None:
+    def _end_group(self, group: WorkerGroup) -> None:
+        assert self._teardown is not None, "Ray is up"
+        group.is_ended = True
+        self._teardown.start(group)
+
+    def _torn_down(self, done: TornDown) -> None:
+        group, self._check_at_s = done.group, 0.0
+        self._release(group)
+        del self._leaving[group.group_id]
+        if not group.is_placed:
             return
-        known_ns = hand.closed_to_ns
-        if running is not None:
-            self._closed.append(running)
-            known_ns = running.t1_ns
-        released_ns = max(known_ns, self._now_ns())
-        if released_ns > known_ns:
-            price = self._plan.price
-            cost_usd = price.cost(released_ns - known_ns)
-            self._closed.append(
-                ledger_entry(seat, "unknown", known_ns, released_ns, price_id=price.price_id, cost_usd=cost_usd)
-            )
-        self._seats[hand.gpu_id] = hand.seat = replace(seat, released_ns=released_ns)
+        cleared = done.cleared
+        self._note(
+            "worker_torn_down", group, seconds=round(done.place_free_s, 3),
+            processes_gone_s=None if cleared is None else round(cleared.processes_gone_s, 3),
+            memory_free_s=None if cleared is None or cleared.memory_free_s is None else round(cleared.memory_free_s, 3),
+        )  # fmt: skip
+        if done.trouble is not None:
+            self._events.append(WorkerBroken(WorkerLost(done.trouble)))
 
-    def _end(self, hands: list[_Hand]) -> None:
-        """Kill the actors; those of this node are seen to be gone, so that a GPU is free for the next."""
-        if not hands:
-            return
-        for hand in hands:
-            ray.kill(hand.actor, no_restart=True)
-        here = ray.get_runtime_context().get_node_id()
-        pids = [hand.hello.pid for hand in hands if hand.hello is not None and hand.hello.ray_node_id == here]
-        wait_until_gone(pids, GONE_S)
+    def _release(self, group: WorkerGroup) -> None:
+        """Its place is free: the ledgers of its ranks end."""
+        for rank in group.ranks:
+            if rank.ledger is not None:
+                rank.ledger.release(self._now_ns())
+                self._closed += rank.ledger.take_closed()
+        self._note_seats()
 
-    def _check_late_starters(self) -> None:
+    def _note_drains(self, draining: Mapping[str, int]) -> None:
+        """Workers on nodes that are about to go finish what they have and take nothing more."""
+        news = [node_id for node_id in draining if node_id not in self._draining]
+        self._draining, self._count_at_s = dict(draining), 0.0
+        for group in self._groups.values():
+            until_ms = draining.get(group.node_id or "")
+            if until_ms is not None:
+                group.is_draining = True
+                group.drained_at_s = time.monotonic() + until_ms / 1e3 - time.time() if until_ms else None
+                self._free.pop(group.group_id, None)
+        for node_id in news:
+            groups = [group.group_id for group in self._groups.values() if group.node_id == node_id]
+            left_s = round(draining[node_id] / 1e3 - time.time(), 1) if draining[node_id] else None
+            self._events.append(Noted("node_draining", {"node": node_id, "left_s": left_s, "groups": groups}))
+
+    def _check_places(self) -> None:
         """If no worker found a place in time the job ends. If some did it goes on, and the others may still come."""
         late_s = time.monotonic() - self._plan.start_timeout_s
-        late = [hand for hand in self._hands if not hand.is_up and hand.asked_s < late_s]
-        if not late:
+        late = [group for group in self._groups.values() if not group.is_placed and group.asked_s < late_s]
+        if not late or (self._has_warned and len(late) < len(self._groups)):
             return
-        if len(late) == len(self._hands):
-            raise PipelineError(self._shortage(len(late)))
-        if not self._has_warned:
-            self._has_warned = True
-            log.warning("going on with fewer workers: %s", self._shortage(len(late)))
+        shortage = placement.shortage(self._plan, len(late), len(self._groups), placement.nodes_now())
+        if len(late) == len(self._groups):
+            raise PipelineError(shortage)
+        self._has_warned = True
+        log.warning("going on with fewer workers: %s", shortage)
 
-    def _shortage(self, num_late: int) -> str:
-        kind = "GPU" if self._plan.device == "cuda" else "CPU"
-        total, free = ray.cluster_resources(), ray.available_resources()
-        there = ", ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in ("GPU", "CPU"))
-        return (
-            f"{num_late} of {self._num_wanted} workers found no place within {self._plan.start_timeout_s:g} s; each "
-            f"asks for 1 {kind}, and the cluster has {there}; free some, ask for fewer (cluster.num_workers), or wait "
-            "longer (cluster.start_timeout_s)"
-        )
+    def _note(self, event: str, group: WorkerGroup, **facts: Any) -> None:
+        self._events.append(Noted(event, {"group": group.group_id, **facts}))
 
-
-def _cause_of(error: BaseException) -> str:
-    """One line of what Ray says of a death."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit" in line.lower() or "died" in line.lower() or "Error" in line]
-    return (telling or lines or [type(error).__name__])[-1][:300]
-
-
-def _as_ours(hand: _Hand, error: RayTaskError) -> PipelineError:
-    cause = error.cause if isinstance(error.cause, Exception) else error
-    if isinstance(cause, PipelineError):
-        return cause
-    reason = str(cause).partition("\n")[0]
-    return WorkerLost(
-        f"worker {hand.gpu_id} could not start: {type(cause).__name__}: {reason}; "
-        "this checkout must lie at the same path on every node, or be submitted with the job"
-    )
+    def _note_seats(self) -> None:
+        """Always a new list: who compares it with the last one must see a change."""
+        self._seats = [ledger.seat for ledger in self._ledgers.values()]

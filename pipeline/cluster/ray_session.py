@@ -173,26 +173,6 @@ def _check_address(address: str) -> None:
         raise refused(str(error)) from None  # not a bug: no traceback
 
 
-def wait_until_gone(pids: list[int], timeout_s: float) -> None:
-    """Wait for processes of this machine to end; what has not by then is killed."""
-    deadline_s = time.monotonic() + timeout_s
-    left = pids
-    while left := [pid for pid in left if _is_alive(pid)]:
-        if time.monotonic() > deadline_s:
-            for pid in left:
-                with suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-            return
-        time.sleep(0.01)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def _descendants(root: int) -> list[int]:
     """The processes under `root`, nearest first; none where there is no /proc."""
     children: dict[int, list[int]] = {}

@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
-from pipeline.cluster.driver import Driver, Ending, StopRequest
+from pipeline.cluster.driver import Driver
+from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.pool import WorkerFactory
 from pipeline.cluster.progress import Counts, Progress
-from pipeline.cluster.ray_pool import RayPool, WorkerPlan
+from pipeline.cluster.ray_pool import RayPool
 from pipeline.cluster.ray_session import _descendants
+from pipeline.cluster.worker_plan import WorkerPlan
 from pipeline.cost.meter import utc_clock
 from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.policy import Admission
@@ -32,24 +35,38 @@ from tests.unit.makers import FACTS, item
 PRICE = UnitPrice("p", 3600)  # type: ignore[arg-type] - a dollar a second keeps the sums readable
 
 
+# Of each node: records are small.
+NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
+
+
 @pytest.fixture(scope="session")
-def two_cpus() -> Iterator[None]:
-    """Ray on this machine, ended with the session; whatever else runs here is left alone."""
-    with tempfile.TemporaryDirectory(prefix="rt-", ignore_cleanup_errors=True) as folder:
-        ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False,
-                 logging_level=logging.ERROR, object_store_memory=100 * 2**20, _temp_dir=folder)  # fmt: skip
-        yield
-        ray.shutdown(wait_for_processes=True)
+def two_cpus() -> Iterator[Cluster]:
+    """A cluster of one node at first, ended with the session; whatever else runs on this machine is left alone."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rt-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory() as commands,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # Where a test may put an nvidia-smi of its own; the GPU is one in name only.
+        patch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+        head = {"num_cpus": 2, "num_gpus": 1, "temp_dir": folder, **NODE}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 class MemoryLog:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.first_ns: dict[str, int] = {}
         self.entries: list[LedgerEntry] = []
         self.seats: list[WorkerSeat] = []
 
     def log(self, event: str, now_ns: int, **facts: Any) -> None:
         self.events.append((event, facts))
+        self.first_ns.setdefault(event, now_ns)
 
     def set_workers(self, seats: list[WorkerSeat]) -> None:
         self.seats = list(seats)
@@ -65,8 +82,8 @@ class Farm:
 
     def __init__(self, prompts: list[str], factory: WorkerFactory, **plan: Any) -> None:
         now_ns = utc_clock()
-        settings = {"num_workers": 2, "max_useful": len(prompts), "start_timeout_s": 30.0, **plan}
-        self.pool = RayPool(factory, WorkerPlan("run-1", "cpu", PRICE, threads=1, **settings), now_ns)
+        settings = {"device": "cpu", "num_workers": 2, "start_timeout_s": 30.0, **plan}
+        self.pool = RayPool(factory, WorkerPlan("run-1", price=PRICE, threads=1, **settings), now_ns)
         self.log = MemoryLog()
         self.stop = StopRequest()
         self.items: list[WorkItem] = [item(index, prompt=prompt) for index, prompt in enumerate(prompts)]
@@ -75,6 +92,9 @@ class Farm:
             stop=self.stop, counts=Counts(len(prompts), 0, 0), progress=Progress(io.StringIO()), now_ns=now_ns,
             flush_every_s=0.5,
         )  # fmt: skip
+
+    def facts(self, event: str) -> list[dict[str, Any]]:
+        return [facts for name, facts in self.log.events if name == event]
 
     def run(self) -> Ending:
         pids_before = set(actor_pids())
@@ -113,5 +133,5 @@ def actor_pids() -> list[int]:
 
 
 @pytest.fixture
-def farm(two_cpus: None) -> Callable[..., Farm]:
+def farm(two_cpus: Cluster) -> Callable[..., Farm]:
     return Farm

@@ -43,8 +43,8 @@ def test_an_item_whose_worker_dies_is_rendered_by_another(farm: NewFarm, tmp_pat
     rows = ending_rows(this.run())
     assert statuses(rows) == ["rendered"] * 3
     assert [rows[f"row-{index}"]["attempts"] for index in range(3)] == [2, 1, 1]
-    (lost,) = [facts for event, facts in this.log.events if event == "worker_lost"]
-    assert (lost["id"], lost["attempt"]) == ("row-0", 1) and "cpu-" in lost["cause"]
+    (lost,) = this.facts("worker_lost")
+    assert lost["ids"] == ["row-0"] and lost["fault"] == "WorkerLost" and "cpu-" in lost["cause"]
     (unknown,) = [e for e in this.log.entries if e.state == "unknown"]
     assert unknown.gpu_seconds < 2
     assert [e.id for e in this.log.entries if e.gpu_id == unknown.gpu_id and e.state == "denoise"].count("row-0") == 1
@@ -97,7 +97,7 @@ def test_a_bug_in_a_workers_set_up_crosses_the_border_with_its_traceback(farm: N
 def test_workers_that_all_die_in_their_set_up_end_the_job_with_the_cause(farm: NewFarm) -> None:
     ending = farm(["render 0.1"], workers.dying, num_workers=1).run()
     assert isinstance(ending.stopped_by, WorkerLost) and ending.stopped_by.exit_code == 6
-    assert "4 workers in a row were lost" in str(ending.stopped_by)
+    assert "4 workers were lost while they started or waited" in str(ending.stopped_by)
 
 
 def test_more_workers_than_there_is_room_for_are_waited_for_while_the_others_work(
@@ -124,7 +124,7 @@ def test_a_cluster_without_free_resources_is_a_clear_error_in_bounded_time(farm:
     assert ending.stopped_by is not None and ending.stopped_by.exit_code == 6
     message = str(ending.stopped_by)
     assert "1 of 1 workers found no place within 1.5 s; each asks for 1 CPU" in message
-    assert "2 CPU (0 free)" in message
+    assert "has 2 CPU (0 free)" in message
 
 
 def test_left_to_itself_the_pool_takes_a_worker_a_core_but_no_more_than_clips(farm: NewFarm) -> None:
