@@ -9,13 +9,14 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipeline.assembly.brief import WorkerBrief
+from pipeline.cluster.assignment import Assignment
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
 from pipeline.errors import OutOfMemory
@@ -51,6 +52,8 @@ class ColourEngine:
     """Follows the shape and the seed of a request, `step_s` a step."""
 
     step_s: float
+    # What the ranks of a gang do in each step: a collective.
+    meet: Callable[[], None] = lambda: None
     fused: NothingFused = field(default_factory=NothingFused)
     text_waits: bool = False
 
@@ -67,6 +70,7 @@ class ColourEngine:
         on_stage("denoise")
         for step in range(NUM_STEPS):
             time.sleep(self.step_s)
+            self.meet()
             on_step("denoise", step + 1, NUM_STEPS)
             if step == NUM_STEPS // 2:
                 do_harm(request.prompt.split(), memory_rung)
@@ -108,15 +112,51 @@ def do_harm(words: list[str], memory_rung: str) -> None:
             raise OutOfMemory(f"fits on the rung {words[1]} only, got {memory_rung}")
 
 
+@dataclass(frozen=True)
+class Follower:
+    """A rank that is not its gang's leader: it takes the same steps, and writes and answers nothing."""
+
+    engine: ColourEngine
+    recipes: Mapping[str, RecipeConfig]
+    meter: Meter
+
+    def execute(self, assignment: Assignment) -> None:
+        item = assignment.item
+        self.meter.enter("denoise", id=item.request.id, attempt=item.attempt)
+        recipe = self.recipes[item.request.recipe]
+        self.engine.render(item.request, recipe, lambda stage: None, on_step=assignment.beat)
+        self.meter.enter("idle")
+        assignment.end(None)
+
+
+def meeting_of(member: Member) -> Callable[[], None]:
+    """An all_reduce over the gang's ranks, on gloo."""
+    if member.num_ranks == 1:
+        return lambda: None
+    # A second of processor time that only gangs need.
+    import torch
+    import torch.distributed as dist
+
+    store = dist.TCPStore(
+        member.host, member.port, member.num_ranks, is_master=member.is_leader, master_listen_fd=member.listen_fd,
+        wait_for_workers=False,
+    )  # fmt: skip
+    dist.init_process_group("gloo", store=store, rank=member.rank, world_size=member.num_ranks)
+    return lambda: dist.all_reduce(torch.ones(1))
+
+
 def build_colour_worker(
     step_s: float, open_output: Callable[..., Store], brief: WorkerBrief, meter: Meter, member: Member
-) -> ClipWorker:
+) -> ClipWorker | Follower:
     """As `assembly.worker_side.build_worker`, with the engine above."""
     meter.enter("weight_load")
+    engine = ColourEngine(step_s, meeting_of(member))
+    if not member.is_leader:
+        return Follower(engine, brief.recipes, meter)
     settings = brief.job.storage
     store = open_output(brief.job.output, answer_timeout_s=settings.answer_timeout_s, is_exclusive=brief.is_exclusive)
     return ClipWorker(
-        engine=ColourEngine(step_s),  # type: ignore[arg-type] - what the worker uses of one
+        engine=engine,  # type: ignore[arg-type] - what the worker uses of one
         store=store,
         patience_s=settings.patience_s,
         scratch=store.scratch(brief.facts.run_id),
@@ -126,6 +166,7 @@ def build_colour_worker(
         facts=brief.facts,
         now_ns=meter.now_ns,
         take_peak_gpu_bytes=lambda: None,
-        resume=brief.job.resume,
+        # A leader that took what is there already would leave its followers in a collective.
+        resume=brief.job.resume and member.num_ranks == 1,
         commits=brief.is_exclusive,
     )

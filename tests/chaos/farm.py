@@ -1,8 +1,8 @@
 """`jobs.render` with the engine of `engine.py`, so that a thousand kills cost minutes: python -m tests.chaos.farm.
 
 Its own options: `--step_s=0.01` a step; `--kill_at="2 before create run.json"` ends the process by SIGKILL at the
-second edge of that name (`edges.py`); `--edges=FILE` writes all edges of this run there. Everything else is as on
-`jobs.render`'s command line.
+second edge of that name (`edges.py`); `--edges=FILE` writes all edges of this run there; `--ranks=2` makes each worker
+a gang of so many. Everything else is as on `jobs.render`'s command line.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     options = dict(argument[2:].split("=", 1) for argument in argv if argument.startswith("--"))
     overrides = [argument for argument in argv if not argument.startswith("--")]
     job = compose_job(RenderJob, "render", overrides)
+    # The renderer is for one GPU a clip so far, and its configuration says so.
+    job.parallel.num_gpus = int(options.get("ranks", "1"))
     recipes = compose_recipes("render", overrides)
     open_output = open_store
     if "kill_at" in options or "edges" in options:

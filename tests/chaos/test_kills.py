@@ -26,7 +26,7 @@ from tests.chaos.ray_nodes import Nodes, ray_nodes
 from tests.end_to_end.checker import check_output, decoded_frames, events_of, runs_of
 
 # How often each kind of fault comes.
-FAULTS = {"kill a rank": 86, "kill the driver": 6, "kill a node": 3, "stop a rank": 3, "ask the driver to end": 2}
+KINDS = {"kill a rank": 86, "kill the driver": 6, "kill a node": 3, "stop a rank": 3, "ask the driver to end": 2}
 HANG_AFTER_S = 2.0
 # What `ray job stop` gives.
 END_WITHIN_S = 3.0
@@ -39,6 +39,8 @@ class Storm:
     site: FarmSite
     nodes: Nodes
     generator: random.Random
+    kinds: dict[str, int]
+    arguments: tuple[str, ...]
     done: Counter[str] = field(default_factory=Counter)
     # When a rank was killed or stopped, in UTC nanoseconds.
     rank_killed_ns: list[int] = field(default_factory=list)
@@ -46,16 +48,16 @@ class Storm:
     driver: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        self.driver = self.site.start("cluster=local", "cluster.num_workers=2", "cluster.shared_output=true",
-                                      f"cluster.hang_after_s={HANG_AFTER_S}", "--step_s=0.002")  # fmt: skip
+        self.driver = self.site.start(
+            "cluster=local", "cluster.shared_output=true", f"cluster.hang_after_s={HANG_AFTER_S}", *self.arguments
+        )
 
     def rage(self, num_faults: int, rows_a_fault: float) -> None:
-        self.start()
         while self.done.total() < num_faults:
             if not self._wait_for_commits(int((self.done.total() + 1) * rows_a_fault)):
                 return
             time.sleep(self.generator.uniform(0, 0.2))
-            kind = self.generator.choices(list(FAULTS), list(FAULTS.values()))[0]
+            kind = self.generator.choices(list(self.kinds), list(self.kinds.values()))[0]
             if getattr(self, "_" + kind.replace(" ", "_"))():
                 self.done[kind] += 1
 
@@ -180,7 +182,8 @@ def test_kills_of_ranks_drivers_and_nodes_lose_double_and_tear_nothing(
     site, started_s = farm_site("disk", plain_rows(num_rows)), time.monotonic()
     with ray_nodes(2, 1) as nodes:
         site.environment["RAY_ADDRESS"] = nodes.address
-        storm = Storm(site, nodes, random.Random(SEED))
+        storm = Storm(site, nodes, random.Random(SEED), KINDS, ("cluster.num_workers=2", "--step_s=0.002"))
+        storm.start()
         with Reader(Path(site.root)) as reader:
             storm.rage(num_faults, 0.95 * (num_rows - 20) / num_faults)
             num_runs = storm.finish()
@@ -204,3 +207,46 @@ def test_kills_of_ranks_drivers_and_nodes_lose_double_and_tear_nothing(
         seconds=round(time.monotonic() - started_s, 1),
     )
     assert storm.done.total() >= 0.95 * num_faults, storm.done
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("num_kills", "num_stops", "num_rows"), [(2, 1, 60), pytest.param(100, 50, 1200, marks=pytest.mark.long)],
+    ids=["short", "long"],
+)  # fmt: skip
+def test_a_gang_that_loses_a_rank_in_a_collective_starts_again_as_a_whole(
+    farm_site: Callable[..., FarmSite], num_kills: int, num_stops: int, num_rows: int
+) -> None:
+    """Gangs of two over gloo: one rank is killed, or stopped so that it answers nobody."""
+    site, started_s = farm_site("disk", plain_rows(num_rows)), time.monotonic()
+    generator, total = random.Random(SEED), num_kills + num_stops
+    with ray_nodes(1, 2) as nodes:
+        site.environment["RAY_ADDRESS"] = nodes.address
+        storm = Storm(site, nodes, generator, {}, ("cluster.num_workers=1", "--ranks=2", "--step_s=0.01"))
+        storm.start()
+        plan = ["kill a rank"] * num_kills + ["stop a rank"] * num_stops
+        for number, kind in enumerate(generator.sample(plan, total), start=1):
+            storm.kinds = {kind: 1}
+            storm.rage(number, 0.9 * (num_rows - 20) / total)
+        num_runs = storm.finish()
+    output = Path(site.root)
+    check_output(output, site.ids)
+    events = sorted((e for run in runs_of(output) for e in events_of(run)), key=lambda e: e["at_ns"])
+    killed = delays_s(storm.rank_killed_ns, events, "worker_lost", 5.0)
+    stopped = delays_s(storm.rank_stopped_ns, events, "worker_lost", HANG_AFTER_S + 5.0)
+    assert len(killed) == len(storm.rank_killed_ns) and len(stopped) == len(storm.rank_stopped_ns)
+    torn_down = [event["processes_gone_s"] for event in events if event["event"] == "worker_torn_down"]
+    keep(
+        "gangs",
+        faults=dict(storm.done),
+        total=storm.done.total(),
+        rows=num_rows,
+        violations=0,
+        runs_after_the_last_fault=num_runs,
+        kill_noticed=summary(killed),
+        stop_noticed=summary(stopped),
+        all_ranks_gone=summary(torn_down),
+        worker_ready_again=summary(delays_s(storm.rank_killed_ns, events, "worker_ready", 60.0)),
+        seconds=round(time.monotonic() - started_s, 1),
+    )
+    assert storm.done.total() == total
