@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -115,6 +116,9 @@ class LocalStore:
     def sizes(self, folder: str) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in self._entries(folder) if entry.is_file()}
 
+    def sizes_by_prefix(self, folder: str, prefixes: Sequence[str]) -> Iterator[tuple[str, int]]:
+        return ((entry.name, entry.stat().st_size) for entry in self._entries(folder) if entry.is_file())
+
     def folders(self, folder: str) -> list[str]:
         return sorted(entry.name for entry in self._entries(folder) if entry.is_dir())
 
@@ -142,12 +146,12 @@ class LocalStore:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+    def _entries(self, folder: str) -> Iterator[os.DirEntry[str]]:
         try:
             with os.scandir(self._root / folder) as entries:
-                return [entry for entry in entries if not entry.name.startswith(".") and _exists(entry)]
+                yield from (entry for entry in entries if not entry.name.startswith(".") and _exists(entry))
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            return
         except PermissionError as error:
             path = self._root / folder
             raise UsageError(

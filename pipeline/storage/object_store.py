@@ -13,8 +13,10 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 # Back-off between tries of one operation, beside what the store's client does by itself.
 RETRY_WAITS_S = (0.2, 0.8, 3.0)
+# A bucket gives 1,000 names an answer, one after the other: so many prefixes are listed at the same time.
+LISTERS = 16
 # Local folders for unfinished files; the rest of the name says whose, and of which run.
 SCRATCH_PREFIX = "ltx-scratch-"
 
@@ -121,6 +125,11 @@ class ObjectStore:
     def sizes(self, folder: str) -> dict[str, int]:
         return {_last(entry["name"]): int(entry["size"]) for entry in self._list(folder) if entry["type"] == "file"}
 
+    def sizes_by_prefix(self, folder: str, prefixes: Sequence[str]) -> Iterator[tuple[str, int]]:
+        with ThreadPoolExecutor(LISTERS) as pool:
+            for found in pool.map(partial(self._beginning, folder), prefixes):
+                yield from found
+
     def folders(self, folder: str) -> list[str]:
         return sorted(_last(entry["name"]) for entry in self._list(folder) if entry["type"] == "directory")
 
@@ -162,6 +171,18 @@ class ObjectStore:
             )
         except FileNotFoundError:
             return []
+
+    def _beginning(self, folder: str, prefix: str) -> list[tuple[str, int]]:
+        if not prefix:
+            return list(self.sizes(folder).items())
+        path = self._full(folder)
+        try:
+            found = self._try("listing", folder, lambda: self._fs.find(path, prefix=prefix, detail=True))
+        except FileNotFoundError:
+            return []
+        names = {full.removeprefix(f"{path}/"): int(entry["size"]) for full, entry in found.items()}
+        # Also what lies in folders below and, from clients that know no prefix, the others.
+        return [(name, size) for name, size in names.items() if name.startswith(prefix) and "/" not in name]
 
     def _try(self, doing: str, name: str, call: Callable[[], T]) -> T:
         """Call until it succeeds, with back-off. Absent and existing files are answers, wrong credentials are final."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -100,7 +100,7 @@ class RunFolder:
         self._write_events()
         self._store.write(f"{self._attempts}/lease.json", json.dumps(_lease(now_ns)).encode())
 
-    def write_results(self, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
+    def write_results(self, rows: Iterable[Mapping[str, Any]], x_values: pa.Table) -> None:
         write_results(self._store, f"{self._folder}/results", rows, x_values)
 
     def close(self) -> None:

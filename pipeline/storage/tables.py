@@ -7,9 +7,10 @@ table before or after a change, never within one.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from decimal import Decimal
+from itertools import count, islice
 from typing import Any
 
 import pyarrow as pa
@@ -91,21 +92,37 @@ LEDGER_SCHEMA = pa.schema(
 # A ledger file is rewritten while it grows; past this many entries a new one is begun.
 LEDGER_FILE_ENTRIES = 2_000
 RESULTS_FILE_ROWS = 50_000
+# Rows of results are dicts of 3 kB until their row group is written.
+RESULTS_GROUP_ROWS = 5_000
 
 
-def write_results(store: Store, folder: str, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
+def write_results(store: Store, folder: str, rows: Iterable[Mapping[str, Any]], x_values: pa.Table) -> None:
     """Write the results table: `rows` in the order of the manifest, and its `x_` columns row by row as they are.
 
-    Values of rejected rows that do not fit their column are left out: writing never fails for what a row holds.
+    A row group of rows is held at a time. Values of rejected rows that do not fit their column are left out: writing
+    never fails for what a row holds.
     """
-    for part, start in enumerate(range(0, max(1, len(rows)), RESULTS_FILE_ROWS)):
-        chunk = rows[start : start + RESULTS_FILE_ROWS]
-        table = pa.Table.from_arrays([_column(chunk, f) for f in RESULTS_SCHEMA], schema=RESULTS_SCHEMA)
-        if x_values.num_columns:
-            indices = pa.array([row["row_index"] for row in chunk], pa.int64())
-            for name, values in zip(x_values.column_names, x_values.take(indices).columns, strict=True):
-                table = table.append_column(name, values)
-        _write(store, f"{folder}/part-{part:05d}.parquet", table)
+    schema = pa.schema([*RESULTS_SCHEMA, *x_values.schema])
+    groups = _in_groups(rows, RESULTS_GROUP_ROWS)
+    for part in count():
+        sink = io.BytesIO()
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            num_groups = 0
+            for group in islice(groups, RESULTS_FILE_ROWS // RESULTS_GROUP_ROWS):
+                columns = [_column(group, field) for field in RESULTS_SCHEMA]
+                indices = pa.array([row["row_index"] for row in group], pa.int64())
+                writer.write_table(pa.table([*columns, *x_values.take(indices).columns], schema=schema))
+                num_groups += 1
+        if num_groups or part == 0:
+            store.write(f"{folder}/part-{part:05d}.parquet", sink.getvalue())
+        if num_groups < RESULTS_FILE_ROWS // RESULTS_GROUP_ROWS:
+            return
+
+
+def _in_groups(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
+    left = iter(rows)
+    while group := list(islice(left, size)):
+        yield group
 
 
 def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
