@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import InvalidRequest
@@ -217,7 +218,13 @@ def _wishes_under(rules: RecipeRules, row: Mapping[str, Any], model: ModelRules,
 def tag_pairs(tags: Any) -> tuple[tuple[str, str], ...]:
     """Tags as sorted pairs. Parquet gives a map as a list of pairs, a struct as a dict; null values are left out."""
     items = tags.items() if isinstance(tags, Mapping) else tags or ()
-    return tuple(sorted((str(name), str(value)) for name, value in items if value is not None))
+    return _shared(tuple(sorted((str(name), str(value)) for name, value in items if value is not None)))
+
+
+@lru_cache(maxsize=4096)
+def _shared(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """The same object for equal tags: neighbouring rows often have the same, at 200 bytes each."""
+    return pairs
 
 
 def _whole(row: Mapping[str, Any], name: str, bounds: range, problems: list[str]) -> int | None:

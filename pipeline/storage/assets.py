@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -38,7 +38,8 @@ INDEX_FILE_RECORDS = 5_000
 # Names of videos that are listed one page after the other: so many are ten pages of a bucket, half a second.
 LISTED_TOGETHER = 10_000
 # What a resume reads of an index file: a record's facts as JSON, without what no row that is there already shows, and
-# where its video must be. Null where the record could not be read.
+# where its video must be. No video where the record could not be read.
+UNREADABLE = ""
 _FACTS_SCHEMA = pa.schema(
     [("key", pa.string()), ("facts", pa.string()), ("video", pa.string()), ("size_bytes", pa.int64())]
 )
@@ -128,8 +129,9 @@ class AssetStore:
         """
         # Keys are random digits, so their first ones split the listing evenly.
         listed = self.store.sizes_by_prefix("commits", sorted({key[:1] for key in keys}))
-        wanted = {name.removesuffix(".json") for name, _ in listed if name.endswith(".json")}
-        wanted.intersection_update(keys)
+        present = {name.removesuffix(".json") for name, _ in listed if name.endswith(".json")}
+        wanted = {key: key for key in keys if key in present}
+        del present
         found = CompactRecords(self.store)
         for table in self._index_tables():
             found.add(table, wanted)
@@ -137,12 +139,16 @@ class AssetStore:
         for start in range(0, len(missing), INDEX_FILE_RECORDS):
             texts = self._read_records(missing[start : start + INDEX_FILE_RECORDS])
             found.add(_index_table(texts), wanted)
-        found.keep_whole(self._video_sizes(found.videos()))
+        found.forget(self._torn(found.videos()))
         return found
 
-    def _video_sizes(self, names: Collection[str]) -> dict[str, int]:
-        prefixes = list(name_prefixes(sorted(names), LISTED_TOGETHER))
-        return {name: size for name, size in self.store.sizes_by_prefix("videos", prefixes) if name in names}
+    def _torn(self, videos: dict[str, int]) -> Collection[str]:
+        """Those of `videos` (name -> size in bytes) that are not there whole."""
+        prefixes = list(name_prefixes(sorted(videos), LISTED_TOGETHER))
+        for name, size in self.store.sizes_by_prefix("videos", prefixes):
+            if videos.get(name) == size:
+                del videos[name]
+        return videos
 
     def compact(self, run_id: str) -> int:
         """Write the records that no index file holds into new ones; returns how many. Records stay the authority."""
@@ -219,24 +225,31 @@ class CompactRecords(Mapping[str, dict[str, Any]]):
         # Key -> which table, which row of it.
         self._places: dict[str, tuple[int, int]] = {}
 
-    def add(self, table: pa.Table, wanted: Container[str]) -> None:
-        """Add the records of an index table whose keys are `wanted`, in the place of those that are here already."""
+    def add(self, table: pa.Table, wanted: Mapping[str, str]) -> None:
+        """Add the records of an index table whose keys are `wanted`, in the place of those that are here already.
+
+        `wanted` maps each key to itself, as the caller holds it: a million keys need not be held twice.
+        """
         table = table.select(_FACTS_SCHEMA.names)
         table = table.filter(pa.array([key in wanted for key in table["key"].to_pylist()], pa.bool_()))
-        self._places.update((key, (len(self._tables), row)) for row, key in enumerate(table["key"].to_pylist()))
+        keys = [wanted[key] for key in table["key"].to_pylist()]
+        self._places.update((key, (len(self._tables), row)) for row, key in enumerate(keys))
         self._tables.append(table.drop_columns("key").combine_chunks())
 
-    def videos(self) -> set[str]:
-        names = {name for table in self._tables for name in table["video"].to_pylist()}
-        return names - {None}
-
-    def keep_whole(self, sizes: Mapping[str, int]) -> None:
-        """Forget the records that could not be read and those whose video does not have its size in `sizes`."""
-        whole = []
+    def videos(self) -> dict[str, int]:
+        """Name of each record's video -> its size in bytes."""
+        sizes: dict[str, int] = {}
         for table in self._tables:
-            videos = zip(table["video"].to_pylist(), table["size_bytes"].to_pylist(), strict=True)
-            whole.append([name is not None and sizes.get(name) == size for name, size in videos])
-        self._places = {key: place for key, place in self._places.items() if whole[place[0]][place[1]]}
+            sizes.update(zip(table["video"].to_pylist(), table["size_bytes"].to_pylist(), strict=True))
+        sizes.pop(UNREADABLE, None)
+        return sizes
+
+    def forget(self, videos: Collection[str]) -> None:
+        """Forget the records that could not be read and those of `videos`; no more are added."""
+        lost = {UNREADABLE, *videos}
+        rows = [[name in lost for name in table["video"].to_pylist()] for table in self._tables]
+        for key in [key for key, (number, row) in self._places.items() if rows[number][row]]:
+            del self._places[key]
         self._tables = [table.select(["facts"]) for table in self._tables]
 
     def __getitem__(self, key: str) -> dict[str, Any]:
@@ -309,7 +322,7 @@ def _index_table(texts: Mapping[str, bytes]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in _INDEX_SCHEMA.names}
     for key, text in texts.items():
         record = _parsed(key, text)
-        facts, video, size_bytes = (None, None, None) if record is None else _facts_of(record)
+        facts, video, size_bytes = ("", UNREADABLE, 0) if record is None else _facts_of(record)
         row = (key, facts, video, size_bytes, text.decode(errors="replace"))
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -318,8 +331,10 @@ def _index_table(texts: Mapping[str, bytes]) -> pa.Table:
 
 def _facts_of(record: Mapping[str, Any]) -> tuple[str, str, int]:
     kept = {name: record[name] for name in SKIPPED_COLUMNS if name in record}
+    # Where the output lies is said when they are looked up.
+    kept |= {name: _name_of(record[name]) for name in ("uri", "thumbnail_uri")}
     facts = json.dumps(kept, separators=(",", ":"))
-    return facts, _name_of(record["uri"]), record["size_bytes"]
+    return facts, kept["uri"], record["size_bytes"]
 
 
 def name_prefixes(names: Sequence[str], most: int) -> Iterator[str]:

@@ -212,24 +212,30 @@ def write_ledger_file(store: Store, name: str, entries: Sequence[LedgerEntry]) -
     _write(store, name, ledger_table(entries))
 
 
-def read_rows(
+def iter_rows(
     store: Store, folder: str, columns: Sequence[str] | None = None, *, without: str = ""
-) -> list[dict[str, Any]]:
-    """All rows of a table's folder in file order (only `columns` if given), maps as dicts; none if it is absent.
+) -> Iterator[dict[str, Any]]:
+    """The rows of a table's folder in file order (only `columns` if given), maps as dicts, a row group at a time.
 
-    The file `without` is left out.
+    None if the folder is absent. The file `without` is left out.
     """
-    rows: list[dict[str, Any]] = []
     for name in sorted(store.sizes(folder)):
         if not name.endswith(".parquet") or name == without:
             continue
         try:
-            table = pq.read_table(io.BytesIO(store.read(f"{folder}/{name}") or b""), columns=columns)
+            file = pq.ParquetFile(io.BytesIO(store.read(f"{folder}/{name}") or b""))
+            for batch in file.iter_batches(RESULTS_GROUP_ROWS, columns=columns):
+                yield from batch.to_pylist(maps_as_pydicts="lossy")
         except (pa.ArrowException, OSError) as error:
             where = store.uri(f"{folder}/{name}")
             raise UsageError(f"{where} must be readable Parquet, got: {error}; remove it, records remain") from error
-        rows.extend(table.to_pylist(maps_as_pydicts="lossy"))
-    return rows
+
+
+def read_rows(
+    store: Store, folder: str, columns: Sequence[str] | None = None, *, without: str = ""
+) -> list[dict[str, Any]]:
+    """All rows of `iter_rows` at once, for tables that are small."""
+    return list(iter_rows(store, folder, columns, without=without))
 
 
 def read_ledger(store: Store, run_id: str, *, without: str = "") -> list[LedgerEntry]:

