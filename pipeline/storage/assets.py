@@ -202,7 +202,7 @@ class AssetStore:
 
     def _parsed(self, key: str, text: bytes) -> dict[str, Any] | None:
         record = _parsed(key, text)
-        return None if record is None else _located(record, self.store)
+        return None if record is None else _located(record, self.store.uri("videos"), self.store.uri("thumbnails"))
 
     def _publish(self, source: Path, name: str) -> Published:
         return self._facts(name, created=self.store.create(name, source))
@@ -220,7 +220,7 @@ class CompactRecords(Mapping[str, dict[str, Any]]):
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._videos, self._thumbnails = store.uri("videos"), store.uri("thumbnails")
         self._tables: list[pa.Table] = []
         # Key -> which table, which row of it.
         self._places: dict[str, tuple[int, int]] = {}
@@ -254,7 +254,8 @@ class CompactRecords(Mapping[str, dict[str, Any]]):
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         number, row = self._places[key]
-        return _located(json.loads(self._tables[number]["facts"][row].as_py()), self._store)
+        record = json.loads(self._tables[number]["facts"][row].as_py())
+        return _located(record, self._videos, self._thumbnails)
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -311,10 +312,11 @@ def _parsed(key: str, text: bytes) -> dict[str, Any] | None:
     return record if is_record and isinstance(record["size_bytes"], int) else None
 
 
-def _located(record: dict[str, Any], store: Store) -> dict[str, Any]:
-    """The record with the URIs of its files as the output lies now."""
-    for name, folder in (("uri", "videos"), ("thumbnail_uri", "thumbnails")):
-        record[name] = store.uri(f"{folder}/{_name_of(record[name])}")
+def _located(record: dict[str, Any], videos: str, thumbnails: str) -> dict[str, Any]:
+    """The record with the URIs of its files in these two folders, as the output lies now."""
+    # A clip's name is safe in a URI as it is (`records.work.file_stem`).
+    record["uri"] = f"{videos}/{_name_of(record['uri'])}"
+    record["thumbnail_uri"] = f"{thumbnails}/{_name_of(record['thumbnail_uri'])}"
     return record
 
 

@@ -126,7 +126,14 @@ def _in_groups(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Ma
 
 
 def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
-    values = [_fitting(row.get(field.name), field.type) for row in rows]
+    values = [row.get(field.name) for row in rows]
+    try:
+        # Most fit as they are. Arrow takes no dict for a map, and would cut 1.5 to 1 for a whole number.
+        if not (pa.types.is_map(field.type) or pa.types.is_integer(field.type)):
+            return pa.array(values, type=field.type)
+    except (pa.ArrowException, OverflowError, TypeError):
+        pass
+    values = [_fitting(value, field.type) for value in values]
     try:
         return pa.array(values, type=field.type)
     except (pa.ArrowException, OverflowError, TypeError):

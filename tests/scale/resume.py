@@ -8,7 +8,6 @@ a request.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -100,7 +99,9 @@ class Stopwatch:
 
     def lap(self, phase: str) -> None:
         now_s = time.perf_counter()
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        # Not `ru_maxrss`, which begins with that of the process that started this one.
+        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        peak_mb = int(status["VmHWM"].removesuffix("kB")) // 1024
         self.phases[phase] = (round(now_s - self._since_s, 2), peak_mb)
         self._since_s = now_s
 
