@@ -8,14 +8,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.report.page import Showcase, render_page
 from pipeline.report.summary import STATUSES, RunSummary, as_text, summarise
 from pipeline.storage.runs import is_running, read_events, read_run
 from pipeline.storage.store import Store
-from pipeline.storage.tables import RESULTS_SCHEMA, iter_rows, read_ledger
+from pipeline.storage.tables import RESULTS_SCHEMA, iter_rows, read_rows
+
+# What summary and page look at.
+_LEDGER_COLUMNS = ("gpu_id", "state", "id", "attempt", "t0_ns", "t1_ns", "gpu_seconds", "energy_j", "cost_usd")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Rebuilt:
 def rebuild(store: Store, run_id: str) -> Rebuilt:
     """Read a run's tables and write its `report.html`; UsageError if there is no such run."""
     run = read_current(store, run_id)
-    ledger = [asdict(entry) | {"gpu_seconds": entry.gpu_seconds} for entry in read_ledger(store, run_id)]
+    ledger = read_rows(store, f"runs/{run_id}/ledger", columns=_LEDGER_COLUMNS)
     has_results = any(name.endswith(".parquet") for name in store.sizes(f"runs/{run_id}/results"))
     results: Iterable[dict[str, Any]]
     if has_results:

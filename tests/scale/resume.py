@@ -131,7 +131,7 @@ def main(request_s: float, argv: list[str]) -> dict[str, Any]:
         return driver.ending
 
     # Everything is ready here; what follows would render.
-    Driver.drive = stand_still  # type: ignore[method-assign]
+    Driver.drive = stand_still
     run = driver_side.Run(job, recipes.usable, model_fingerprint, manifest, plan, StopRequest())
     code = run.execute()
     watch.lap("close")
