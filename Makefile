@@ -33,7 +33,7 @@ demo: setup ## render the sample manifest with the nano model on this machine, o
 	$(BIN)/python -m jobs.render output=$(DEMO_OUTPUT) cluster=local $(ARGS)
 
 test: setup ## run the whole CPU test suite, fast tests first
-	$(BIN)/python -m pytest -m "not multi_gpu and not long" tests/test_architecture.py tests/test_fixtures.py tests/unit tests/storage tests/model tests/engine tests/cluster tests/end_to_end tests/submit $(ARGS)
+	$(BIN)/python -m pytest -m "not multi_gpu and not long" tests/test_architecture.py tests/test_fixtures.py tests/unit tests/storage tests/scale tests/model tests/engine tests/cluster tests/end_to_end tests/submit $(ARGS)
 
 chaos: setup ## kill drivers and workers, ten of each on a disk and in a bucket; CHAOS_SEED picks the moments
 	$(BIN)/python -m pytest -m long tests/end_to_end/test_ray_kills.py $(ARGS)

@@ -5,13 +5,14 @@ The factory handed to workers imports the worker's root where it is called, so t
 
 from __future__ import annotations
 
+import gc
 import platform
 import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.assembly.brief import WorkerBrief
+from pipeline.assembly.closing import charge, count_statuses, exit_code, rejected_rows, results_rows, totals
 from pipeline.cluster.driver import Driver
 from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.local_pool import LocalPool
@@ -30,7 +32,7 @@ from pipeline.config.jobs import RenderJob
 from pipeline.config.model import ModelConfig
 from pipeline.config.recipe import RecipeConfig, Recipes, misfit
 from pipeline.config.tree import to_plain
-from pipeline.cost.allocation import Allocation, allocate
+from pipeline.cost.allocation import allocate
 from pipeline.cost.meter import Meter, utc_clock
 from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
 from pipeline.errors import Interrupted, PipelineError, UsageError
@@ -41,17 +43,7 @@ from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.planning.reach import refuse_scattered_output
 from pipeline.records.gang import Member
-from pipeline.records.outcome import (
-    NS_PER_S,
-    Rendered,
-    RunFacts,
-    WorkerSeat,
-    adopting,
-    item_row,
-    rejected_row,
-    skipped_row,
-    timestamp,
-)
+from pipeline.records.outcome import NS_PER_S, Rendered, RunFacts, WorkerSeat, adopting, timestamp
 from pipeline.records.request import RequestLimits
 from pipeline.records.wishes import ModelRules
 from pipeline.report.rebuild import rebuild
@@ -159,7 +151,21 @@ def make_plan(job: RenderJob, recipes: Recipes, fingerprint: str) -> tuple[Manif
         return store.committed(keys) if job.resume else {}
 
     selection = Selection(None if job.ids is None else tuple(job.ids), job.limit)
-    return manifest, planning.plan(planning.intake(manifest.rows()), selection, committed)
+    with _lasting_objects():
+        plan = planning.plan(planning.intake(manifest.rows()), selection, committed)
+    return manifest, plan
+
+
+@contextmanager
+def _lasting_objects() -> Iterator[None]:
+    """For making millions of objects that stay: to look for garbage among them takes a quarter of the time it takes to
+    make them, and a second of the driver's time again and again after that."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _build_worker(brief: WorkerBrief, meter: Meter, member: Member) -> Worker:
@@ -212,13 +218,11 @@ class Run:
             warning = stale_price_warning(worker_price(self.job, self._device), datetime.now(UTC).date())
             if warning is not None:
                 say(sys.stderr, f"warning: {warning}")
-            early = self._early_rows()
-            for row in early:
-                if row["status"] == "rejected":
-                    folder.log("rejected", self._now_ns(), id=row["id"], row=row)
+            for row in rejected_rows(self.plan, self.facts):
+                folder.log("rejected", self._now_ns(), id=row["id"], row=row)
             ending = self._driver(folder).drive()
             self._index.close(wait=not isinstance(ending.stopped_by, Interrupted))
-            return self._finish(folder, ending, early, x_values)
+            return self._finish(folder, ending, x_values)
         except BaseException as error:
             code = error.exit_code if isinstance(error, PipelineError) else 1
             with suppress(PipelineError):  # the disk may be what failed
@@ -259,7 +263,9 @@ class Run:
         return rendered if is_ours else adopting(rendered, standing)
 
     def _pool(self) -> Pool:
-        clips = [(item.request, resolved(self.recipes, item.request)) for item in self.plan.to_render]
+        # One request of each form: what a clip takes does not depend on its prompt.
+        requests = {item.request.form: item.request for item in self.plan.to_render}.values()
+        clips = [(request, resolved(self.recipes, request)) for request in requests]
         element_bytes = 4 if self.job.precision.dtype == "float32" else 2
         kinds = demands(clips, self.job.model.size, element_bytes=element_bytes)
         brief = WorkerBrief(self.job, self.recipes, self.facts, self._device, kinds, self.store.is_exclusive)
@@ -303,16 +309,6 @@ class Run:
         price: UnitPrice = prices.get(price_id, self._price)
         return price.cost(duration_ns)
 
-    def _early_rows(self) -> list[dict[str, Any]]:
-        """The results rows that are known before the first clip is rendered."""
-        rows = [skipped_row(item, record, self.facts) for item, record in self.plan.done]
-        rows += [item_row(item, self.facts, status="not_started") for item in self.plan.left_out]
-        rows += [rejected_row(r.row, r.row_index, r.message, self.facts) for r in self.plan.rejected]
-        for rejection in self.plan.left_out_rejected:
-            row = rejected_row(rejection.row, rejection.row_index, rejection.message, self.facts)
-            rows.append({**row, "status": "not_started"})
-        return rows
-
     def _run_facts(self) -> dict[str, Any]:
         return {
             "run_id": self.run_id,
@@ -341,23 +337,23 @@ class Run:
             "workers": [],
         }
 
-    def _finish(self, folder: RunFolder, ending: Ending, early: list[dict[str, Any]], x_values: Any) -> int:
-        rows = sorted([*early, *ending.rows], key=lambda row: row["row_index"])
+    def _finish(self, folder: RunFolder, ending: Ending, x_values: Any) -> int:
         allocation = allocate(ending.charges, ending.rendered_attempts, ending.wasted)
-        _charge(rows, allocation, set(ending.rendered_attempts))
-        code = _exit_code(rows, ending)
+        charge(ending, allocation)
+        statuses = count_statuses(self.plan, ending)
+        code = exit_code(statuses, ending)
         if folder.fenced:
             _say_why(ending)
             return code
         state = "finished" if code in (0, 3) else "stopped"
-        folder.write_results(rows, x_values)
+        folder.write_results(results_rows(self.plan, ending, self.facts), x_values)
         folder.log("ended", self._now_ns(), exit_code=code, reason=str(ending.stopped_by or ending.limit_reached or ""))
         folder.update(
             {
                 "state": "interrupted" if isinstance(ending.stopped_by, Interrupted) else state,
                 "exit_code": code,
                 "finished_at": self._timestamp(),
-                "totals": _totals(rows, allocation, (self._now_ns() - self._started_ns) / NS_PER_S),
+                "totals": totals(statuses, ending, allocation, (self._now_ns() - self._started_ns) / NS_PER_S),
             }
         )
         if not isinstance(ending.stopped_by, Interrupted):
@@ -370,39 +366,6 @@ class Run:
 
     def _timestamp(self) -> str:
         return timestamp(self._now_ns()).isoformat()
-
-
-def _charge(rows: list[dict[str, Any]], allocation: Allocation, rendered: set[str]) -> None:
-    """Fill the cost columns of the rows that used a worker."""
-    for row in rows:
-        cost = allocation.rows.get(row["id"]) if row["attempts"] else None
-        if cost is not None:
-            row["gpu_seconds"] = cost.gpu_seconds
-            row["cost_usd"] = float(cost.direct if row["id"] in rendered else cost.waste)
-            row["cost_loaded_usd"] = float(cost.loaded)
-
-
-def _totals(rows: list[dict[str, Any]], allocation: Allocation, wall_s: float) -> dict[str, Any]:
-    statuses = [row["status"] for row in rows]
-    return {
-        "rows": len(rows),
-        **{status: statuses.count(status) for status in ("rendered", "skipped", "rejected", "failed", "not_started")},
-        "wall_s": wall_s,
-        "gpu_seconds": allocation.gpu_ns / NS_PER_S,
-        "cost_usd": float(allocation.total),
-        "cost_unallocated_usd": float(allocation.unallocated),
-        "cost_by_state_usd": {state: float(cost) for state, cost in sorted(allocation.by_state.items())},
-        "cost_wasted_by_cause_usd": {cause: float(cost) for cause, cost in sorted(allocation.wasted.items())},
-        "video_seconds": sum(row["duration_s"] for row in rows if row["status"] == "rendered"),
-    }
-
-
-def _exit_code(rows: list[dict[str, Any]], ending: Ending) -> int:
-    if ending.stopped_by is not None:
-        return ending.stopped_by.exit_code
-    if ending.limit_reached is not None:
-        return 4
-    return 3 if any(row["status"] in ("rejected", "failed") for row in rows) else 0
 
 
 def _say_why(ending: Ending) -> None:

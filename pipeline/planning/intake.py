@@ -6,13 +6,12 @@ cannot show them.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import InvalidRequest
-from pipeline.records.request import RecipeRules, RenderRequest, RequestLimits, parse_request
+from pipeline.records.request import Forms, RecipeRules, RenderRequest, RequestLimits, parse_request
 from pipeline.records.wishes import PLAIN_MODEL, ModelRules
 
 
@@ -44,9 +43,14 @@ def admit_rows(
     """Judge every row. Nothing a row holds can stop the rows after it."""
     good: list[RenderRequest] = []
     bad: list[tuple[int, Mapping[str, Any], tuple[str, ...]]] = []
-    rows_of_id: dict[str, list[int]] = defaultdict(list)
+    first_row: dict[str, int] = {}
+    twins: dict[str, list[int]] = {}
+    forms: Forms = {}
     for row_index, row in enumerate(rows):
-        rows_of_id[row.get("id") or ""].append(row_index)
+        row_id = row.get("id") or ""
+        first = first_row.setdefault(row_id, row_index)
+        if first != row_index and row_id.strip():
+            twins.setdefault(row_id, [first]).append(row_index)
         try:
             good.append(
                 parse_request(
@@ -56,16 +60,16 @@ def admit_rows(
                     default_recipe=default_recipe,
                     limits=limits,
                     model=model,
+                    forms=forms,
                 )
             )
         except InvalidRequest as error:
             bad.append((row_index, row, error.problems))
-    twins = {id: indices for id, indices in rows_of_id.items() if len(indices) > 1 and id.strip()}
     rejected = [_with_twins(row_index, row, problems, twins) for row_index, row, problems in bad]
     for request in good:
         if request.id in twins:
             rejected.append(_with_twins(request.row_index, _columns_of(request), (), twins))
-    requests = [request for request in good if request.id not in twins]
+    requests = [request for request in good if request.id not in twins] if twins else good
     return Intake(requests, sorted(rejected, key=lambda rejection: rejection.row_index))
 
 

@@ -17,9 +17,9 @@ from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.intake import Intake, Rejection, admit_rows
-from pipeline.records.request import RecipeRules, RenderRequest, RequestLimits
+from pipeline.records.request import MAX_FORMS, ClipForm, RecipeRules, RenderRequest, RequestLimits
 from pipeline.records.wishes import OVERRIDE_COLUMNS, PLAIN_MODEL, ModelRules
-from pipeline.records.work import WorkItem, content_key
+from pipeline.records.work import Estimate, KeyStem, WorkItem, key_stem
 
 # What a recipe gives a row is part of the resolved request already, and a thumbnail is neither pixels nor sound.
 _NOT_CONTENT = ("name", "clip", "crop")
@@ -35,14 +35,16 @@ class Selection:
 
 @dataclass
 class Plan:
-    """Every row of a manifest in one of five lists."""
+    """Every row of a manifest in one of five lists, each in row order but for `to_render` under a limit."""
 
     to_render: list[WorkItem] = field(default_factory=list)
-    done: list[tuple[WorkItem, Mapping[str, Any]]] = field(default_factory=list)
+    done: list[WorkItem] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     # Not part of this run: outside `ids`, or beyond `limit`.
     left_out: list[WorkItem] = field(default_factory=list)
     left_out_rejected: list[Rejection] = field(default_factory=list)
+    # The commit records of `done`, by content key.
+    records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Planner:
     adapters_of: Callable[[RecipeConfig], Mapping[str, str]] = lambda recipe: {}
     # Why the job's settings do not go with recipes that are not among `recipes`.
     unusable: Mapping[str, str] = field(default_factory=dict)
+    # Estimate and content but for prompt and seed, by form: a manifest of a million rows has a few.
+    _kinds: dict[ClipForm, tuple[KeyStem, Estimate]] = field(default_factory=dict, init=False, repr=False)
 
     def intake(self, rows: Iterable[Mapping[str, Any]]) -> Intake:
         rules = {name: recipe_rules(recipe, self.misfit(recipe)) for name, recipe in self.recipes.items()}
@@ -70,14 +74,24 @@ class Planner:
         return admit_rows(rows, recipes=rules, default_recipe=self.default_recipe, limits=self.limits, model=self.rules)
 
     def item(self, request: RenderRequest) -> WorkItem:
+        form = request.form
+        kind = self._kinds.get(form)
+        if kind is None:
+            if len(self._kinds) >= MAX_FORMS:
+                self._kinds.clear()
+            kind = self._kinds[form] = self._kind(request)
+        stem, estimate = kind
+        return WorkItem(request, stem.key(request.prompt, request.seed), estimate)
+
+    def _kind(self, request: RenderRequest) -> tuple[KeyStem, Estimate]:
         recipe = resolved(self.recipes, request)
-        key = content_key(
+        stem = key_stem(
             request,
             recipe={**recipe_content(recipe), "adapters": dict(self.adapters_of(recipe))},
             precision=precision_content(self.precision),
             model=model_content(self.model, self.fingerprint),
         )
-        return WorkItem(request, key, self.estimator.estimate(request, recipe))
+        return stem, self.estimator.estimate(request, recipe)
 
     def plan(
         self,
@@ -90,14 +104,14 @@ class Planner:
         Raises UsageError if `selection.ids` names a row that the manifest does not have.
         """
         wanted = self._wanted(intake, selection)
-        plan = Plan()
         items = [self.item(request) for request in intake.requests]
         records = committed({item.key for item in items if wanted(item.request.id)})
+        plan = Plan(records=records)
         for item in items:
             if not wanted(item.request.id):
                 plan.left_out.append(item)
             elif item.key in records:
-                plan.done.append((item, records[item.key]))
+                plan.done.append(item)
             else:
                 plan.to_render.append(item)
         for rejection in intake.rejections:
@@ -106,7 +120,7 @@ class Planner:
         if selection.limit is not None:
             first = sorted(plan.to_render, key=lambda item: (-item.request.priority, item.request.row_index))
             plan.to_render, beyond = first[: selection.limit], first[selection.limit :]
-            plan.left_out.extend(beyond)
+            plan.left_out = sorted([*plan.left_out, *beyond], key=lambda item: item.request.row_index)
         return plan
 
     @staticmethod

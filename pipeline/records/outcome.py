@@ -287,13 +287,17 @@ def failed_row(failed: Failed, facts: RunFacts) -> dict[str, Any]:
     return row
 
 
+# What a row that is there already takes from its commit record.
+SKIPPED_COLUMNS = (
+    "uri", "thumbnail_uri", "sha256", "size_bytes", "has_audio", "sample_rate_hz", "rendered_by_run", "prompt", "width",
+    "height", "num_frames", "fps", "duration_s", "parallel", "parallel_reason", "num_gpus", "memory_rung",
+)  # fmt: skip
+
+
 def skipped_row(item: WorkItem, record: Mapping[str, Any], facts: RunFacts) -> dict[str, Any]:
     """A row that is there already: the facts of its record, this run's identity of the row, cost 0."""
     row = item_row(item, facts, status="skipped")
-    kept = ("uri", "thumbnail_uri", "sha256", "size_bytes", "has_audio", "sample_rate_hz", "rendered_by_run",
-            "prompt", "width", "height", "num_frames", "fps", "duration_s", "parallel", "parallel_reason",
-            "num_gpus", "memory_rung")  # fmt: skip
-    row.update({name: record[name] for name in kept if name in record})
+    row.update({name: record[name] for name in SKIPPED_COLUMNS if name in record})
     return row
 
 

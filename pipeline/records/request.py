@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import InvalidRequest
@@ -32,6 +33,10 @@ INT32_RANGE = range(-(2**31), 2**31)
 MIN_FPS = 1.0
 MAX_FPS = 240.0
 USUAL_FPS = 24.0
+# What a row says for itself. All its other columns together are judged once for all rows that say the same.
+_OWN_COLUMNS = frozenset(("id", "prompt", "seed", "priority", "tags"))
+# Rows may differ in a column of theirs each, such as a duration: forms are kept for so many, then anew.
+MAX_FORMS = 50_000
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,23 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipForm:
+    """What a request has in common with those that differ in id, prompt, seed, priority and tags only."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    recipe: str
+    grid_px: int
+    wishes: Wishes = NO_WISHES
+
+
+# Other columns of a row -> its form, for forms without a problem.
+Forms = MutableMapping[Hashable, ClipForm]
+
+
+@dataclass(frozen=True, slots=True)
 class RenderRequest:
     """One clip to render, every field resolved."""
 
@@ -86,6 +108,10 @@ class RenderRequest:
     @property
     def duration_s(self) -> float:
         return self.num_frames / self.fps
+
+    @property
+    def form(self) -> ClipForm:
+        return ClipForm(self.width, self.height, self.num_frames, self.fps, self.recipe, self.grid_px, self.wishes)
 
     @property
     def shape(self) -> RenderShape:
@@ -119,10 +145,12 @@ def parse_request(
     default_recipe: str,
     limits: RequestLimits,
     model: ModelRules = PLAIN_MODEL,
+    forms: Forms | None = None,
 ) -> RenderRequest:
     """The request of a row whose columns have possible types (`storage.manifest` saw to that).
 
-    Raises InvalidRequest with every problem of the row, each naming the rule, the value and a way out.
+    `forms` are those of rows that were judged before under the same rules; this row's is added. Raises InvalidRequest
+    with every problem of the row, each naming the rule, the value and a way out.
     """
     problems: list[str] = []
     row_id = row.get("id") or ""
@@ -131,12 +159,52 @@ def parse_request(
     prompt = row.get("prompt") or ""
     if not prompt.strip():
         problems.append("prompt must not be blank, got an empty one; describe the clip")
-    rules = _rules_of(row, recipes, default_recipe, problems)
-    width, height = (_side_of(row, name, rules, limits, problems) for name in ("width", "height"))
-    num_frames, fps = _timing_of(row, rules, limits, problems, has_audio=model.has_audio)
+    known_as = _form_key(row)
+    form = None if forms is None else forms.get(known_as)
+    if form is None:
+        rules = _rules_of(row, recipes, default_recipe, problems)
+        width, height = (_side_of(row, name, rules, limits, problems) for name in ("width", "height"))
+        num_frames, fps = _timing_of(row, rules, limits, problems, has_audio=model.has_audio)
     seed = _whole(row, "seed", INT64_RANGE, problems)
     priority = _whole(row, "priority", INT32_RANGE, problems)
-    wishes = wishes_of(
+    if form is None:
+        wishes = _wishes_under(rules, row, model, problems)
+        form = ClipForm(width, height, num_frames, fps, rules.name, rules.grid_px, wishes)
+    if problems:
+        raise InvalidRequest(tuple(problems))
+    if forms is not None:
+        if len(forms) >= MAX_FORMS:
+            forms.clear()
+        forms[known_as] = form
+    return RenderRequest(
+        id=row_id,
+        row_index=row_index,
+        prompt=prompt,
+        seed=seed_from_id(row_id) if seed is None else seed,
+        width=form.width,
+        height=form.height,
+        num_frames=form.num_frames,
+        fps=form.fps,
+        recipe=form.recipe,
+        grid_px=form.grid_px,
+        wishes=form.wishes,
+        priority=priority or 0,
+        tags=tag_pairs(row.get("tags")),
+    )
+
+
+def _form_key(row: Mapping[str, Any]) -> Hashable:
+    """The row's columns but those of its own, as a key: equal ones make equal forms."""
+    others = tuple([(name, value) for name, value in row.items() if value is not None and name not in _OWN_COLUMNS])
+    try:
+        hash(others)
+    except TypeError:  # lists and structs
+        return repr(others)
+    return others
+
+
+def _wishes_under(rules: RecipeRules, row: Mapping[str, Any], model: ModelRules, problems: list[str]) -> Wishes:
+    return wishes_of(
         row,
         recipe=rules.name,
         negative_prompt=rules.negative_prompt,
@@ -145,29 +213,18 @@ def parse_request(
         model=model,
         problems=problems,
     )
-    if problems:
-        raise InvalidRequest(tuple(problems))
-    return RenderRequest(
-        id=row_id,
-        row_index=row_index,
-        prompt=prompt,
-        seed=seed_from_id(row_id) if seed is None else seed,
-        width=width,
-        height=height,
-        num_frames=num_frames,
-        fps=fps,
-        recipe=rules.name,
-        grid_px=rules.grid_px,
-        wishes=wishes,
-        priority=priority or 0,
-        tags=tag_pairs(row.get("tags")),
-    )
 
 
 def tag_pairs(tags: Any) -> tuple[tuple[str, str], ...]:
     """Tags as sorted pairs. Parquet gives a map as a list of pairs, a struct as a dict; null values are left out."""
     items = tags.items() if isinstance(tags, Mapping) else tags or ()
-    return tuple(sorted((str(name), str(value)) for name, value in items if value is not None))
+    return _shared(tuple(sorted((str(name), str(value)) for name, value in items if value is not None)))
+
+
+@lru_cache(maxsize=4096)
+def _shared(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """The same object for equal tags: neighbouring rows often have the same, at 200 bytes each."""
+    return pairs
 
 
 def _whole(row: Mapping[str, Any], name: str, bounds: range, problems: list[str]) -> int | None:

@@ -127,7 +127,12 @@ def _scale_of(row: Mapping[str, Any], name: str, problems: list[str]) -> float |
     if not (math.isfinite(value) and value >= 0):
         problems.append(f"{name} must be a finite number, 0 or more, got {value}; leave it to the recipe")
         return None
-    return float(value)
+    return _unsigned_zero(value)
+
+
+def _unsigned_zero(value: Any) -> float:
+    """-0.0 as 0.0: they compare equal, so they must read the same in a content key too."""
+    return float(value) + 0.0
 
 
 def _adapters_of(row: Mapping[str, Any], model: ModelRules, problems: list[str]) -> tuple[AdapterUse, ...]:
@@ -148,7 +153,7 @@ def _adapters_of(row: Mapping[str, Any], model: ModelRules, problems: list[str])
                 f"got {strength!r}; 1 is as trained"
             )
             continue
-        uses += _adapter(f"loras[{index}].uri", uri, float(strength), model, problems)
+        uses += _adapter(f"loras[{index}].uri", uri, _unsigned_zero(strength), model, problems)
     if camera := row.get("camera"):
         if camera in model.cameras:
             uses += _adapter("camera", model.cameras[camera], 1.0, model, problems)

@@ -14,6 +14,9 @@ from pipeline.records.request import RenderRequest
 RENDER_REVISION = 4
 # How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
 MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload")
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+# Holds the place of a prompt or seed. Half of a surrogate pair: no text that can be encoded has one.
+_BLANK = "\ud800"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,39 @@ def file_stem(row_id: str, key: str) -> str:
     return f"{safe}.{key[:12]}"
 
 
+@dataclass(frozen=True, slots=True)
+class KeyStem:
+    """The content of all requests of one form, as canonical JSON around the places of prompt and seed.
+
+    What comes before the prompt (recipe, precision, model: thousands of characters) is hashed once.
+    """
+
+    before_prompt: hashlib._Hash
+    before_seed: str
+    after_seed: str
+
+    def key(self, prompt: str, seed: int) -> str:
+        digest = self.before_prompt.copy()
+        digest.update(f"{_canonical(prompt)}{self.before_seed}{seed}{self.after_seed}".encode())
+        return digest.hexdigest()
+
+
+def key_stem(
+    request: RenderRequest, *, recipe: dict[str, Any], precision: dict[str, Any], model: dict[str, Any]
+) -> KeyStem:
+    """What the content keys of all requests of `request.form` share; parameters as in `content_key`."""
+    content = {
+        "request": {**request.pixel_content(), "prompt": _BLANK, "seed": _BLANK},
+        "recipe": recipe,
+        "precision": precision,
+        "model": model,
+        "render_revision": RENDER_REVISION,
+    }
+    # Canonical means sorted by name: prompt before seed.
+    before_prompt, before_seed, after_seed = _canonical(content).split(_canonical(_BLANK))
+    return KeyStem(hashlib.sha256(before_prompt.encode()), before_seed, after_seed)
+
+
 def content_key(
     request: RenderRequest, *, recipe: dict[str, Any], precision: dict[str, Any], model: dict[str, Any]
 ) -> str:
@@ -67,12 +103,8 @@ def content_key(
 
     `recipe` is resolved: with what the request changes of it. `model` has the fingerprint of its files.
     """
-    content = {
-        "request": request.pixel_content(),
-        "recipe": recipe,
-        "precision": precision,
-        "model": model,
-        "render_revision": RENDER_REVISION,
-    }
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return key_stem(request, recipe=recipe, precision=precision, model=model).key(request.prompt, request.seed)
+
+
+def _canonical(value: Any) -> str:
+    return _CANONICAL.encode(value)

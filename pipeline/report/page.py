@@ -7,7 +7,7 @@ in `summary.py`, looks are in `style.py`, the picture of the workers is in `time
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from pipeline.report.style import CSS, JS
-from pipeline.report.summary import RunSummary, Spend, as_decimal, show_usd
+from pipeline.report.summary import RunSummary, Spend, show_usd
+from pipeline.report.tally import ErrorMessage, as_decimal
 from pipeline.report.timeline import render_timeline
 
 Row = dict[str, Any]
@@ -24,6 +25,8 @@ Row = dict[str, Any]
 ROOT = "../../"
 # Of links to clips outside the output; anything else, such as javascript:, is shown without a link.
 LINKED_SCHEMES = ("file://", "https://", "http://", "s3://", "gs://")
+# Cards of one page: a browser shows so many at ease, in 4 MB.
+MAX_CLIPS = 2_000
 # Tags may be as many as clips.
 MAX_TAGS = 20
 STATUS_TONES = {"rendered": "good", "skipped": "still", "rejected": "warn", "failed": "bad", "not_started": "still"}
@@ -31,17 +34,18 @@ CARD_STAGES = ("text_encode_s", "denoise_s", "upsample_s", "decode_s", "encode_s
 
 
 def render_page(
-    run: Row, summary: RunSummary, results: list[Row], ledger: list[Row], *, output_uri: str | None = None
+    run: Row, summary: RunSummary, clips: Sequence[Row], ledger: list[Row], *, output_uri: str | None = None
 ) -> str:
     """The page as text (UTF-8). `run` is the dict of run.json, rows are as in the contract's tables.
 
+    `clips` are the rows to show (`Showcase`), `summary` counts all of them.
     `output_uri` is the output's root, under which the clips lie; run["output"] if left out.
     """
     root = _root_uri(output_uri if output_uri is not None else str(run.get("output") or ""))
     title = escape(f"Run {summary.run_id}")
     sections = (
         _tiles(summary),
-        _gallery(results, root),
+        _gallery(clips, root, num_clips=summary.status_counts["rendered"] + summary.status_counts["skipped"]),
         _failures(summary),
         _section("Cost and time", f'<div class="columns">{_costs(summary)}{_unit_costs(summary)}</div>'),
         _section("Stages", _stages(summary)),
@@ -120,17 +124,42 @@ def _tiles(summary: RunSummary) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _gallery(results: Sequence[Row], root: str) -> str:
-    clips = [row for row in results if row["status"] in ("rendered", "skipped") and row.get("uri")]
+class Showcase:
+    """The clips that a page can show of a run: what this run rendered comes before what was there already."""
+
+    def __init__(self) -> None:
+        self._clips: dict[str, list[Row]] = {"rendered": [], "skipped": []}
+
+    def noting(self, results: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, looked at in passing."""
+        for row in results:
+            clips = self._clips.get(row["status"])
+            if clips is not None and len(clips) < MAX_CLIPS and row.get("uri"):
+                clips.append(row)
+            yield row
+
+    def clips(self) -> list[Row]:
+        """In the order of the manifest, `MAX_CLIPS` at most."""
+        chosen = [*self._clips["rendered"], *self._clips["skipped"]][:MAX_CLIPS]
+        return sorted(chosen, key=lambda row: int(row["row_index"]))
+
+
+def _gallery(clips: Sequence[Row], root: str, num_clips: int) -> str:
     if not clips:
         return _section("Clips", '<p class="soft">No clip yet.</p>')
+    note = (
+        f'<p class="soft">{len(clips):,} of {num_clips:,} clips, those of this run first. All are in the results '
+        "table, <code>results/*.parquet</code> beside this page.</p>"
+        if len(clips) < num_clips
+        else ""
+    )
     filters = (
         '<div class="filters"><label>Find in id, prompt or tags<input id="filter-text" type="search"></label>'
         '<label>Status<select id="filter-status"><option value="">all</option><option>rendered</option>'
         '<option>skipped</option></select></label><span id="shown" class="soft" role="status"></span></div>'
     )
     cards = "\n".join(_card(row, root) for row in clips)
-    return _section("Clips", f'{filters}<ul class="gallery">{cards}</ul>')
+    return _section("Clips", f'{note}{filters}<ul class="gallery">{cards}</ul>')
 
 
 def _card(row: Row, root: str) -> str:
@@ -164,16 +193,26 @@ def _card(row: Row, root: str) -> str:
 
 def _failures(summary: RunSummary) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escape(group.error_class)}</th><td class="num">{len(ids):,}</td>'
-        f'<td><div class="message">{escape(message)}</div><div class="ids">{escape(", ".join(ids))}</div></td></tr>'
+        f'<tr><th scope="row">{escape(group.error_class)}</th><td class="num">{message.count:,}</td>'
+        f'<td><div class="message">{escape(message.text)}</div><div class="ids">{_ids(message)}</div></td></tr>'
         for group in summary.errors
-        for message, ids in group.messages
+        for message in group.messages
+    )
+    rows += "".join(
+        f'<tr><th scope="row">{escape(group.error_class)}</th><td class="num">{group.num_more:,}</td>'
+        "<td>rows with other messages: all are in the results table</td></tr>"
+        for group in summary.errors
+        if group.num_more
     )
     parts = [_panel(_table("Rows without a clip", ("Error", "#Rows", "Message and ids"), rows))] if rows else []
     not_started = summary.status_counts["not_started"]
     if not_started:
         parts.append(f'<p class="soft">{not_started:,} not started: beyond the limit, not chosen, or not reached.</p>')
     return _section("Failures and rejections", "".join(parts)) if parts else ""
+
+
+def _ids(message: ErrorMessage) -> str:
+    return escape(", ".join(message.ids)) + (f" and {message.num_more:,} more" if message.num_more else "")
 
 
 def _costs(summary: RunSummary) -> str:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.report.page import render_page
+from pipeline.report.page import Showcase, render_page
 from pipeline.report.summary import STATUSES, RunSummary, as_text, summarise
 from pipeline.storage.runs import is_running, read_events, read_run
 from pipeline.storage.store import Store
-from pipeline.storage.tables import RESULTS_SCHEMA, read_ledger, read_rows
+from pipeline.storage.tables import RESULTS_SCHEMA, iter_rows, read_rows
+
+# What summary and page look at.
+_LEDGER_COLUMNS = ("gpu_id", "state", "id", "attempt", "t0_ns", "t1_ns", "gpu_seconds", "energy_j", "cost_usd")
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,18 @@ class Rebuilt:
 def rebuild(store: Store, run_id: str) -> Rebuilt:
     """Read a run's tables and write its `report.html`; UsageError if there is no such run."""
     run = read_current(store, run_id)
-    results = read_rows(store, f"runs/{run_id}/results", columns=RESULTS_SCHEMA.names)
-    ledger = [asdict(entry) | {"gpu_seconds": entry.gpu_seconds} for entry in read_ledger(store, run_id)]
-    if results:
-        summary = summarise(results, ledger, run)
+    ledger = read_rows(store, f"runs/{run_id}/ledger", columns=_LEDGER_COLUMNS)
+    has_results = any(name.endswith(".parquet") for name in store.sizes(f"runs/{run_id}/results"))
+    results: Iterable[dict[str, Any]]
+    if has_results:
+        results = iter_rows(store, f"runs/{run_id}/results", columns=RESULTS_SCHEMA.names)
     else:
         results = _rows_from_events(store, run_id)
-        summary = summarise(results, ledger, run)
-        summary = replace(summary, status_counts=_counts(run, results))
-    page = render_page(run, summary, results, ledger, output_uri=store.root_uri)
+    showcase = Showcase()
+    summary = summarise(showcase.noting(results), ledger, run)
+    if not has_results:
+        summary = replace(summary, status_counts=_with_planned(Counter(summary.status_counts), run))
+    page = render_page(run, summary, showcase.clips(), ledger, output_uri=store.root_uri)
     store.write(f"runs/{run_id}/report.html", page.encode())
     return Rebuilt(run, summary, as_text(summary), store.shown(f"runs/{run_id}/report.html"))
 
@@ -56,9 +63,8 @@ def _rows_from_events(store: Store, run_id: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["row_index"])
 
 
-def _counts(run: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, int]:
+def _with_planned(counts: Counter[str], run: dict[str, Any]) -> dict[str, int]:
     """Rows by status of a run without results: what happened since, and what was known when it started."""
-    counts = Counter(row["status"] for row in results)
     totals = run["totals"]
     if "not_started" not in totals:
         counts["skipped"] += totals["skipped"]
@@ -69,7 +75,7 @@ def _counts(run: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, int
 def progress_line(store: Store, run_id: str) -> tuple[str, bool]:
     """How a run is going, in a line, and whether it still goes."""
     run = read_current(store, run_id)
-    counts = _counts(run, _rows_from_events(store, run_id))
+    counts = _with_planned(Counter(row["status"] for row in _rows_from_events(store, run_id)), run)
     parts = [f"{run['state']}: {run['totals']['rows']} rows"]
     parts += [f"{status} {number}" for status, number in counts.items() if number]
     return "  ".join(parts), run["state"] == "running"

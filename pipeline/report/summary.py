@@ -7,20 +7,16 @@ file and makes no HTML (`page.py` does). Money is Decimal and is never rounded b
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from statistics import median
-from typing import Any
 
 from pipeline.records.outcome import COLD_START_STATES, IDLE_STATES
-
-Row = Mapping[str, Any]
+from pipeline.report.tally import ErrorGroup, ErrorMessage, EstimateCheck, ResultsTally, Row, StageTime, as_decimal
 
 STATUSES = ("rendered", "skipped", "rejected", "failed", "not_started")
-STAGES = ("queued", "text_encode", "denoise", "upsample", "decode", "encode", "upload")
 PURPOSES = ("direct", "cold start", "waste", "idle", "unknown")
 EXIT_MEANINGS = {
     0: "every row rendered or already there",
@@ -32,27 +28,6 @@ EXIT_MEANINGS = {
     6: "infrastructure gave up",
 }
 MAX_IDS_SHOWN = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class ErrorGroup:
-    """All rows of one error class; `messages` pairs each distinct message with the ids that got it."""
-
-    error_class: str
-    count: int
-    messages: tuple[tuple[str, tuple[str, ...]], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageTime:
-    """Seconds that one stage took over all rendered clips that report it."""
-
-    name: str
-    num_clips: int
-    total_s: float
-    p50_s: float
-    p90_s: float
-    max_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +57,6 @@ class CostTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateCheck:
-    """Estimates against actuals, over rendered clips that have both. Ratios are actual / estimated."""
-
-    num_clips: int
-    estimated_gpu_seconds: float
-    actual_gpu_seconds: float
-    estimated_cost_usd: Decimal
-    actual_cost_usd: Decimal
-    median_ratio: float
-    worst_ratio: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """Everything the report shows that is not a single clip."""
 
@@ -115,13 +77,13 @@ class RunSummary:
     estimate: EstimateCheck | None
 
 
-def summarise(results: Sequence[Row], ledger: Sequence[Row], run: Row) -> RunSummary:
-    """Count a run. `run` is the dict of run.json; results and ledger may still be growing."""
-    rendered = [row for row in results if row["status"] == "rendered"]
-    video_s = math.fsum(row.get("duration_s") or 0.0 for row in rendered)
+def summarise(results: Iterable[Row], ledger: Sequence[Row], run: Row) -> RunSummary:
+    """Count a run. `run` is the dict of run.json; results and ledger may still be growing. Reads `results` once."""
+    tally = ResultsTally()
+    for row in results:
+        tally.add(row)
     worker_s = math.fsum(row["gpu_seconds"] for row in ledger)
     elapsed_s = _elapsed_s(run, ledger)
-    counts = Counter(row["status"] for row in results)
     exit_code = run.get("exit_code")
     return RunSummary(
         run_id=run["run_id"],
@@ -129,72 +91,32 @@ def summarise(results: Sequence[Row], ledger: Sequence[Row], run: Row) -> RunSum
         exit_code=exit_code,
         exit_meaning=EXIT_MEANINGS.get(exit_code, "") if exit_code is not None else "",
         elapsed_s=elapsed_s,
-        status_counts={status: counts.get(status, 0) for status in STATUSES},
-        errors=error_groups(results),
-        video_s=video_s,
+        status_counts={status: tally.statuses[status] for status in STATUSES},
+        errors=tally.errors(),
+        video_s=tally.video_s,
         worker_s=worker_s,
-        clips_per_minute=len(rendered) / elapsed_s * 60 if elapsed_s else None,
-        video_s_per_worker_s=video_s / worker_s if worker_s else None,
-        stages=stage_times(rendered),
-        costs=cost_table(results, ledger),
-        estimate=check_estimates(rendered),
+        clips_per_minute=tally.statuses["rendered"] / elapsed_s * 60 if elapsed_s else None,
+        video_s_per_worker_s=tally.video_s / worker_s if worker_s else None,
+        stages=tally.stage_times(),
+        costs=cost_table(tally, ledger),
+        estimate=tally.estimate_check(),
     )
 
 
-def error_groups(results: Iterable[Row]) -> tuple[ErrorGroup, ...]:
-    """Rejected and failed rows by error class, the most frequent first."""
-    found: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in results:
-        if row["status"] in ("rejected", "failed"):
-            error_class = row.get("error_class") or "unnamed"
-            found[error_class][row.get("error_message") or ""].append(str(row["id"]))
-    groups = [
-        ErrorGroup(
-            error_class=error_class,
-            count=sum(map(len, messages.values())),
-            messages=tuple((message, tuple(ids)) for message, ids in messages.items()),
-        )
-        for error_class, messages in found.items()
-    ]
-    return tuple(sorted(groups, key=lambda group: (-group.count, group.error_class)))
-
-
-def stage_times(rendered: Sequence[Row]) -> tuple[StageTime, ...]:
-    """Total and percentiles of each stage's seconds, in the order in which a clip passes them."""
-    times: list[StageTime] = []
-    for stage in STAGES:
-        seconds = sorted(row[f"{stage}_s"] for row in rendered if row.get(f"{stage}_s") is not None)
-        if seconds:
-            times.append(
-                StageTime(
-                    name=stage,
-                    num_clips=len(seconds),
-                    total_s=math.fsum(seconds),
-                    p50_s=_percentile(seconds, 0.5),
-                    p90_s=_percentile(seconds, 0.9),
-                    max_s=seconds[-1],
-                )
-            )
-    return tuple(times)
-
-
-def cost_table(results: Sequence[Row], ledger: Sequence[Row]) -> CostTable:
+def cost_table(tally: ResultsTally, ledger: Sequence[Row]) -> CostTable:
     """The ledger summed by state, purpose and tag, and its price per unit of what was rendered."""
-    rendered = [row for row in results if row["status"] == "rendered"]
-    tags = {row["id"]: [f"{k}={v}" for k, v in dict(row.get("tags") or {}).items()] for row in results}
-    lost = lost_attempts(results, ledger)
+    lost = lost_attempts(tally.failed_ids, ledger)
     by_purpose = _spend((purpose_of(row, lost), row) for row in ledger)
     direct = sum((spend.cost_usd for spend in by_purpose if spend.name == "direct"), Decimal(0))
     total = (_spend(("total", row) for row in ledger) or [Spend(name="total")])[0]
-    video_s = math.fsum(row.get("duration_s") or 0.0 for row in rendered)
-    megapixel_frames = sum(row["width"] * row["height"] * row["num_frames"] for row in rendered) / 1e6
+    num_rendered, video_s, megapixel_frames = tally.statuses["rendered"], tally.video_s, tally.megapixel_frames
     return CostTable(
         by_state=tuple(_spend((row["state"], row) for row in ledger)),
         by_purpose=tuple(sorted(by_purpose, key=lambda spend: PURPOSES.index(spend.name))),
-        by_tag=tuple(_spend((tag, row) for row in ledger for tag in tags.get(row.get("id"), ()))),
+        by_tag=tuple(_spend((tag, row) for row in ledger for tag in tally.tags.get(row.get("id") or "", ()))),
         total=total,
-        direct_per_clip_usd=_per(direct, len(rendered)),
-        total_per_clip_usd=_per(total.cost_usd, len(rendered)),
+        direct_per_clip_usd=_per(direct, num_rendered),
+        total_per_clip_usd=_per(total.cost_usd, num_rendered),
         direct_per_video_s_usd=_per(direct, video_s),
         total_per_video_s_usd=_per(total.cost_usd, video_s),
         direct_per_megapixel_frame_usd=_per(direct, megapixel_frames),
@@ -202,9 +124,8 @@ def cost_table(results: Sequence[Row], ledger: Sequence[Row]) -> CostTable:
     )
 
 
-def lost_attempts(results: Iterable[Row], ledger: Sequence[Row]) -> set[tuple[str, int | None]]:
+def lost_attempts(failed_ids: Container[str], ledger: Sequence[Row]) -> set[tuple[str, int | None]]:
     """The (id, attempt) pairs that gave no clip: they failed, another came after them, or their row failed."""
-    failed_ids = {row["id"] for row in results if row["status"] == "failed"}
     attempts = {(row["id"], row.get("attempt")) for row in ledger if row.get("id")}
     last: dict[str, int] = {}
     for id_, attempt in attempts:
@@ -222,23 +143,6 @@ def purpose_of(entry: Row, lost: set[tuple[str, int | None]]) -> str:
     if entry["state"] in IDLE_STATES:
         return "idle"
     return "waste" if entry["state"] == "failed" else "unknown"
-
-
-def check_estimates(rendered: Sequence[Row]) -> EstimateCheck | None:
-    """Compare what was estimated with what was used; None if no clip has both."""
-    both = [row for row in rendered if row.get("estimated_gpu_seconds") and row.get("gpu_seconds") is not None]
-    if not both:
-        return None
-    ratios = [row["gpu_seconds"] / row["estimated_gpu_seconds"] for row in both]
-    return EstimateCheck(
-        num_clips=len(both),
-        estimated_gpu_seconds=math.fsum(row["estimated_gpu_seconds"] for row in both),
-        actual_gpu_seconds=math.fsum(row["gpu_seconds"] for row in both),
-        estimated_cost_usd=sum((as_decimal(row.get("estimated_cost_usd")) for row in both), Decimal(0)),
-        actual_cost_usd=sum((as_decimal(row.get("cost_usd")) for row in both), Decimal(0)),
-        median_ratio=median(ratios),
-        worst_ratio=max(ratios, key=lambda ratio: abs(math.log(ratio)) if ratio > 0 else math.inf),
-    )
 
 
 def as_text(summary: RunSummary) -> str:
@@ -268,7 +172,9 @@ def as_text(summary: RunSummary) -> str:
         )
     for group in summary.errors:
         lines.append(f"{group.error_class}: {group.count}")
-        lines += [f"  {message} [{_some_ids(ids)}]" for message, ids in group.messages]
+        lines += [f"  {message.text} [{_some_ids(message)}]" for message in group.messages]
+        if group.num_more:
+            lines.append(f"  and {group.num_more} rows with other messages; see the results table")
     return "\n".join(lines) + "\n"
 
 
@@ -295,9 +201,9 @@ def _throughput_lines(summary: RunSummary) -> list[str]:
     return lines
 
 
-def _some_ids(ids: tuple[str, ...]) -> str:
-    more = len(ids) - MAX_IDS_SHOWN
-    return ", ".join(ids[:MAX_IDS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _some_ids(message: ErrorMessage) -> str:
+    more = message.count - MAX_IDS_SHOWN
+    return ", ".join(message.ids[:MAX_IDS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _elapsed_s(run: Row, ledger: Sequence[Row]) -> float | None:
@@ -327,19 +233,5 @@ def _spend(named: Iterable[tuple[str, Row]]) -> list[Spend]:
     return sorted(spends, key=lambda spend: (-spend.cost_usd, -spend.gpu_seconds, spend.name))
 
 
-def as_decimal(amount: Decimal | float | None) -> Decimal:
-    """An amount of a table as Decimal; none is 0."""
-    # Through text: Decimal(0.1) has 55 digits that nobody meant.
-    return amount if isinstance(amount, Decimal) else Decimal(str(amount or 0))
-
-
 def _per(amount: Decimal, units: float) -> Decimal | None:
     return amount / as_decimal(units) if units else None
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    """Linear interpolation between the two nearest of `ordered`, which is sorted and not empty."""
-    position = share * (len(ordered) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)

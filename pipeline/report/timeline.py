@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pipeline.report.summary import Row
+from pipeline.report.tally import Row
 
 # Fixed colours, readable on light and dark ground alike.
 STATE_COLOURS = {

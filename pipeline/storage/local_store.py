@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -124,10 +124,15 @@ class LocalStore:
         return self._try("reading back", name, read)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        return {entry.name: entry.stat().st_size for entry in self._entries(folder) if entry.is_file()}
+        return self._listed(
+            folder, lambda entries: {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        )
+
+    def sizes_by_prefix(self, folder: str, prefixes: Sequence[str]) -> Iterator[tuple[str, int]]:
+        return iter(self.sizes(folder).items())
 
     def folders(self, folder: str) -> list[str]:
-        return sorted(entry.name for entry in self._entries(folder) if entry.is_dir())
+        return self._listed(folder, lambda entries: sorted(entry.name for entry in entries if entry.is_dir()))
 
     def delete(self, name: str) -> None:
         (self._root / name).unlink(missing_ok=True)
@@ -166,17 +171,20 @@ class LocalStore:
 
         return keep_trying(attempt, self._patience, f"{doing} {path}")
 
-    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        def scan(path: Path) -> list[os.DirEntry[str]]:
+    def _listed(self, folder: str, collect: Callable[[Iterator[os.DirEntry[str]]], T]) -> T:
+        """What `collect` makes of the entries of a folder, which may be many; of none if there is no such folder."""
+
+        def scan(path: Path) -> T:
             try:
                 with os.scandir(path) as entries:
-                    return [entry for entry in entries if not entry.name.startswith(".") and _exists(entry)]
+                    return collect(entry for entry in entries if not entry.name.startswith(".") and _exists(entry))
             except PermissionError as error:
                 raise UsageError(
                     f"output must be readable, got {path}: {error.strerror}; choose another output="
                 ) from error
 
-        return self._try("listing", folder, lambda path: _unless_absent(lambda: scan(path))) or []
+        listed = self._try("listing", folder, lambda path: _unless_absent(lambda: scan(path)))
+        return collect(iter(())) if listed is None else listed
 
     def _temporary(self, content: bytes) -> Path:
         """A synced file of `content` on this disk, in `_attempts`, where whatever a kill leaves is swept."""

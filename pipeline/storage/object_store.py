@@ -13,7 +13,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy
 from functools import partial
@@ -29,6 +30,8 @@ from pipeline.storage.processes import writer, writer_is_gone
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# A bucket gives 1,000 names an answer, one after the other: so many prefixes are listed at the same time.
+LISTERS = 16
 # Local folders for unfinished files; the rest of the name says whose, and of which run.
 SCRATCH_PREFIX = "ltx-scratch-"
 # What `prepare` tries the store with; the rest of the name says when.
@@ -135,6 +138,11 @@ class ObjectStore:
     def sizes(self, folder: str) -> dict[str, int]:
         return {_last(entry["name"]): int(entry["size"]) for entry in self._list(folder) if entry["type"] == "file"}
 
+    def sizes_by_prefix(self, folder: str, prefixes: Sequence[str]) -> Iterator[tuple[str, int]]:
+        with ThreadPoolExecutor(LISTERS) as pool:
+            for found in pool.map(partial(self._beginning, folder), prefixes):
+                yield from found
+
     def folders(self, folder: str) -> list[str]:
         return sorted(_last(entry["name"]) for entry in self._list(folder) if entry["type"] == "directory")
 
@@ -236,6 +244,18 @@ class ObjectStore:
             )
         except FileNotFoundError:
             return []
+
+    def _beginning(self, folder: str, prefix: str) -> list[tuple[str, int]]:
+        if not prefix:
+            return list(self.sizes(folder).items())
+        path = self._full(folder)
+        try:
+            found = self._try("listing", folder, lambda: self._fs.find(path, prefix=prefix, detail=True))
+        except FileNotFoundError:
+            return []
+        names = {full.removeprefix(f"{path}/"): int(entry["size"]) for full, entry in found.items()}
+        # Also what lies in folders below and, from clients that know no prefix, the others.
+        return [(name, size) for name, size in names.items() if name.startswith(prefix) and "/" not in name]
 
     def _try(self, doing: str, name: str, call: Callable[[], T]) -> T:
         return keep_trying(lambda: self._translated(doing, name, call), self._patience, f"{doing} {self.uri(name)}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -107,7 +107,7 @@ class RunFolder:
         self._write_events()
         self._store.write(self._lease_name, self._lease.content(now_ns))
 
-    def write_results(self, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
+    def write_results(self, rows: Iterable[Mapping[str, Any]], x_values: pa.Table) -> None:
         if self._may_write():
             write_results(self._store, f"{self._folder}/results", rows, x_values)
 

@@ -6,6 +6,7 @@ All stores offer the same few operations on names relative to their root. Two of
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -74,6 +75,14 @@ class Store(Protocol):
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names of the files directly in `folder` -> sizes in bytes; empty if there is none."""
+        ...
+
+    def sizes_by_prefix(self, folder: str, prefixes: Sequence[str]) -> Iterator[tuple[str, int]]:
+        """Names and sizes in bytes of the files directly in `folder` that begin with any of `prefixes`.
+
+        For folders that take a bucket many pages to list: the prefixes are listed at the same time. A store that gives
+        a folder at once gives the others too.
+        """
         ...
 
     def folders(self, folder: str) -> list[str]: ...

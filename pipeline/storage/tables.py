@@ -7,9 +7,10 @@ table before or after a change, never within one.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from decimal import Decimal
+from itertools import count, islice
 from typing import Any
 
 import pyarrow as pa
@@ -91,25 +92,48 @@ LEDGER_SCHEMA = pa.schema(
 # A ledger file is rewritten while it grows; past this many entries a new one is begun.
 LEDGER_FILE_ENTRIES = 2_000
 RESULTS_FILE_ROWS = 50_000
+# Rows of results are dicts of 3 kB until their row group is written.
+RESULTS_GROUP_ROWS = 5_000
 
 
-def write_results(store: Store, folder: str, rows: Sequence[Mapping[str, Any]], x_values: pa.Table) -> None:
+def write_results(store: Store, folder: str, rows: Iterable[Mapping[str, Any]], x_values: pa.Table) -> None:
     """Write the results table: `rows` in the order of the manifest, and its `x_` columns row by row as they are.
 
-    Values of rejected rows that do not fit their column are left out: writing never fails for what a row holds.
+    A row group of rows is held at a time. Values of rejected rows that do not fit their column are left out: writing
+    never fails for what a row holds.
     """
-    for part, start in enumerate(range(0, max(1, len(rows)), RESULTS_FILE_ROWS)):
-        chunk = rows[start : start + RESULTS_FILE_ROWS]
-        table = pa.Table.from_arrays([_column(chunk, f) for f in RESULTS_SCHEMA], schema=RESULTS_SCHEMA)
-        if x_values.num_columns:
-            indices = pa.array([row["row_index"] for row in chunk], pa.int64())
-            for name, values in zip(x_values.column_names, x_values.take(indices).columns, strict=True):
-                table = table.append_column(name, values)
-        _write(store, f"{folder}/part-{part:05d}.parquet", table)
+    schema = pa.schema([*RESULTS_SCHEMA, *x_values.schema])
+    groups = _in_groups(rows, RESULTS_GROUP_ROWS)
+    for part in count():
+        sink = io.BytesIO()
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            num_groups = 0
+            for group in islice(groups, RESULTS_FILE_ROWS // RESULTS_GROUP_ROWS):
+                columns = [_column(group, field) for field in RESULTS_SCHEMA]
+                indices = pa.array([row["row_index"] for row in group], pa.int64())
+                writer.write_table(pa.table([*columns, *x_values.take(indices).columns], schema=schema))
+                num_groups += 1
+        if num_groups or part == 0:
+            store.write(f"{folder}/part-{part:05d}.parquet", sink.getvalue())
+        if num_groups < RESULTS_FILE_ROWS // RESULTS_GROUP_ROWS:
+            return
+
+
+def _in_groups(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
+    left = iter(rows)
+    while group := list(islice(left, size)):
+        yield group
 
 
 def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
-    values = [_fitting(row.get(field.name), field.type) for row in rows]
+    values = [row.get(field.name) for row in rows]
+    try:
+        # Most fit as they are. Arrow takes no dict for a map, and would cut 1.5 to 1 for a whole number.
+        if not (pa.types.is_map(field.type) or pa.types.is_integer(field.type)):
+            return pa.array(values, type=field.type)
+    except (pa.ArrowException, OverflowError, TypeError):
+        pass
+    values = [_fitting(value, field.type) for value in values]
     try:
         return pa.array(values, type=field.type)
     except (pa.ArrowException, OverflowError, TypeError):
@@ -195,24 +219,30 @@ def write_ledger_file(store: Store, name: str, entries: Sequence[LedgerEntry]) -
     _write(store, name, ledger_table(entries))
 
 
-def read_rows(
+def iter_rows(
     store: Store, folder: str, columns: Sequence[str] | None = None, *, without: str = ""
-) -> list[dict[str, Any]]:
-    """All rows of a table's folder in file order (only `columns` if given), maps as dicts; none if it is absent.
+) -> Iterator[dict[str, Any]]:
+    """The rows of a table's folder in file order (only `columns` if given), maps as dicts, a row group at a time.
 
-    The file `without` is left out.
+    None if the folder is absent. The file `without` is left out.
     """
-    rows: list[dict[str, Any]] = []
     for name in sorted(store.sizes(folder)):
         if not name.endswith(".parquet") or name == without:
             continue
         try:
-            table = pq.read_table(io.BytesIO(store.read(f"{folder}/{name}") or b""), columns=columns)
+            file = pq.ParquetFile(io.BytesIO(store.read(f"{folder}/{name}") or b""))
+            for batch in file.iter_batches(RESULTS_GROUP_ROWS, columns=columns):
+                yield from batch.to_pylist(maps_as_pydicts="lossy")
         except (pa.ArrowException, OSError) as error:
             where = store.uri(f"{folder}/{name}")
             raise UsageError(f"{where} must be readable Parquet, got: {error}; remove it, records remain") from error
-        rows.extend(table.to_pylist(maps_as_pydicts="lossy"))
-    return rows
+
+
+def read_rows(
+    store: Store, folder: str, columns: Sequence[str] | None = None, *, without: str = ""
+) -> list[dict[str, Any]]:
+    """All rows of `iter_rows` at once, for tables that are small."""
+    return list(iter_rows(store, folder, columns, without=without))
 
 
 def read_ledger(store: Store, run_id: str, *, without: str = "") -> list[LedgerEntry]:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from pipeline.report.page import relative_link, render_page
+from pipeline.report.page import MAX_CLIPS, Showcase, relative_link, render_page
 from pipeline.report.summary import summarise
 from pipeline.report.timeline import render_timeline
 
@@ -101,7 +101,9 @@ class Markup(HTMLParser):
 
 def page_of(results: list[Row], ledger: list[Row] | None = None, **run: Any) -> str:
     facts = RUN | run
-    return render_page(facts, summarise(results, ledger or [], facts), results, ledger or [])
+    showcase = Showcase()
+    summary = summarise(showcase.noting({"row_index": i, **row} for i, row in enumerate(results)), ledger or [], facts)
+    return render_page(facts, summary, showcase.clips(), ledger or [])
 
 
 def test_text_of_users_never_becomes_markup() -> None:
@@ -222,3 +224,21 @@ def test_page_of_two_thousand_clips_stays_small() -> None:
     page = page_of([clip(f"shot-{i}") for i in range(2000)])
     assert len(page) < 4_000_000
     assert "content-visibility: auto" in page
+
+
+def test_page_of_many_clips_shows_what_this_run_rendered_first_and_says_how_many_there_are() -> None:
+    old = [clip(f"old-{i}", "skipped") for i in range(MAX_CLIPS + 10)]
+    page = page_of([*old[:50], clip("new-1"), *old[50:], clip("new-2")])
+    cards = [attributes["aria-label"] for attributes in Markup(page).all("video")]
+    assert len(cards) == MAX_CLIPS
+    assert cards[50] == "Clip new-1" and cards[-1] == "Clip new-2"
+    assert "2,000 of 2,012 clips" in page and "results/*.parquet" in page
+
+
+def test_page_of_many_rejections_names_the_first_and_counts_the_others() -> None:
+    rows = [row_without_clip(f"id-{i}", "rejected", f"row {i}: prompt must not be blank") for i in range(5_000)]
+    rows += [row_without_clip(f"same-{i}", "failed", "NaN") | {"error_class": "Other"} for i in range(5_000)]
+    page = page_of(rows)
+    assert len(page) < 100_000
+    assert "row 49: prompt" in page and "row 50: prompt" not in page and "4,950" in page
+    assert "same-49 and 4,950 more" in page

@@ -138,3 +138,19 @@ def test_what_changes_nothing_of_the_clip_is_not_in_its_key(changed: dict[str, A
 def test_the_blocks_that_keep_their_numbers_count_where_the_others_do_not() -> None:
     fp8 = replace(planner(PLAIN), precision=PrecisionConfig(linear="fp8"))
     assert key(replace(fp8, precision=PrecisionConfig(linear="fp8", keep_first_blocks=1))) != key(fp8)
+
+
+def test_rows_of_many_kinds_planned_together_get_the_keys_and_estimates_they_get_alone() -> None:
+    wishes: list[dict[str, Any]] = [{}, {"cfg_scale": 2.0}, {"num_steps": 5}, {"cfg_scale": -0.0}, {"cfg_scale": 0.0}]
+    rows = [
+        {"id": f"{size}-{seed}-{number}", "prompt": f"boat {size}", "width": size, "seed": seed, **wish}
+        for number, wish in enumerate(wishes)
+        for size in (64, 66, 128)
+        for seed in (1, 2)
+    ]
+    together = planner(guided())
+    items = [together.item(request) for request in together.intake(rows).requests]
+    alone = [planner(guided()).item(planner(guided()).intake([row]).requests[0]) for row in rows]
+    assert [(item.key, item.estimate) for item in items] == [(item.key, item.estimate) for item in alone]
+    # Zero is zero, whatever its sign.
+    assert len({item.key for item in items}) == len(rows) - 3 * 2

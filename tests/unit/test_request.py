@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from pipeline.errors import InvalidRequest
-from pipeline.records.request import seed_from_id
+from pipeline.records.request import parse_request, seed_from_id
+from pipeline.records.wishes import NO_WISHES, AdapterUse, Wishes
 from pipeline.records.work import content_key, file_stem
-from tests.unit.makers import parse
+from tests.unit.makers import LIMITS, RECIPES, parse
 
 
 def problems(**row: Any) -> tuple[str, ...]:
@@ -117,3 +119,52 @@ def test_a_file_name_is_safe_whatever_the_id() -> None:
     assert file_stem("shot-7", "ab" * 32) == "shot-7.abababababab"
     assert file_stem("../étude 1/b", "0" * 64) == "_etude_1_b.000000000000".replace("e", "_", 1)
     assert len(file_stem("x" * 500, "0" * 64)) <= 140
+
+
+@pytest.mark.parametrize(
+    ("row", "wishes", "key"),
+    [
+        ({}, NO_WISHES, "10e1efe9097feb2c2c5dba397423e1d0c1e55c6c199b370bf6a187f02d4a9ffb"),
+        (
+            {"prompt": 'Größe "x"\\ \n雪 \u2028', "seed": -5},
+            NO_WISHES,
+            "0bc1180c177fbd5440725483824954bbbce9b47599b8d7596ca571fd5a19b3cf",
+        ),
+        (
+            {"fps": 29.97, "num_frames": 33, "seed": 2**62},
+            NO_WISHES,
+            "522195389d3645ac038e021f2f47e7b098fc540f495408f1f6f81e83b4621869",
+        ),
+        (
+            {"width": 126},
+            Wishes("rain", 5, None, None, True, (AdapterUse("/a", "a" * 64, 0.5), AdapterUse("/b", "b" * 64, -1.0))),
+            "da5fba82b1b7e8caf1699f947b48eb5802cb8a4079092c4b969d194ed9eb038b",
+        ),
+    ],
+)
+def test_the_key_of_a_clip_never_changes_by_itself(row: dict[str, Any], wishes: Wishes, key: str) -> None:
+    """Another key for the same clip renders everything again. If the pictures changed, raise RENDER_REVISION."""
+    request = replace(parse(**row), wishes=wishes)
+    recipe = {"stages": [{"sigmas": [1.0, 0.725, 0.0]}], "adapters": {"distilled": "d" * 64}, "negative_prompt": "fog"}
+    precision, model = {"linear": "exact", "torch_threads": 2}, {"fingerprint": "f" * 64, "text_tokens": 1024}
+    assert content_key(request, recipe=recipe, precision=precision, model=model) == key
+
+
+def test_a_row_that_is_like_one_before_is_judged_as_if_it_were_the_first() -> None:
+    rules: dict[str, Any] = {"recipes": RECIPES, "default_recipe": "two_stage", "limits": LIMITS}
+    forms: dict[Any, Any] = {}
+    rows = [
+        {"id": "a", "prompt": "x", "width": 126, "tags": [("k", "v")]},
+        {"id": "b", "prompt": "y", "width": 126, "seed": 3, "priority": 2},
+        {"id": "c", "prompt": "z", "width": 126.0, "loras": [], "images": None},
+        {"id": "d", "prompt": "z", "width": 128, "recipe": "no_crop"},
+        {"id": "e", "prompt": "z", "width": 126},
+    ]
+    for index, row in enumerate(rows):
+        alone = parse_request(row, row_index=index, **rules)
+        assert parse_request(row, row_index=index, forms=forms, **rules) == alone
+    with pytest.raises(InvalidRequest) as refused:
+        parse_request({"id": "", "prompt": " ", "width": 126, "seed": 0.5}, row_index=9, forms=forms, **rules)
+    assert [problem.split()[0] for problem in refused.value.problems] == ["id", "prompt", "seed"]
+    with pytest.raises(InvalidRequest, match="multiple of 64"):
+        parse_request({"id": "f", "prompt": "z", "width": 126, "recipe": "no_crop"}, row_index=9, forms=forms, **rules)

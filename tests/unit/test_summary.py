@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.report.summary import PURPOSES, as_text, check_estimates, show_usd, stage_times, summarise
+from pipeline.report.summary import PURPOSES, as_text, show_usd, summarise
 
 Row = dict[str, Any]
 RUN: Row = {
@@ -64,8 +64,11 @@ def test_errors_are_grouped_by_class_and_message_with_their_ids() -> None:
     ]
     first, second = summarise(rows, [], RUN).errors
     assert (first.error_class, first.count) == ("InvalidRequest", 3)
-    assert first.messages == (("bad size", ("b", "c")), ("no prompt", ("d",)))
-    assert (second.error_class, second.messages) == ("EngineFault", (("NaN", ("a",)),))
+    assert [(message.text, message.ids) for message in first.messages] == [
+        ("bad size", ("b", "c")),
+        ("no prompt", ("d",)),
+    ]
+    assert (second.error_class, second.messages[0].text, second.messages[0].ids) == ("EngineFault", "NaN", ("a",))
 
 
 def test_throughput_counts_rendered_clips_only() -> None:
@@ -92,7 +95,7 @@ def test_run_without_rows_and_ledger_can_be_summarised() -> None:
 
 def test_stage_percentiles_interpolate_and_leave_out_missing_values() -> None:
     rows = [result(str(s), denoise_s=float(s), decode_s=None) for s in (5, 1, 3, 2, 4)]
-    (denoise,) = stage_times(rows)
+    (denoise,) = summarise(rows, [], RUN).stages
     assert (denoise.name, denoise.num_clips, denoise.total_s, denoise.max_s) == ("denoise", 5, 15.0, 5.0)
     assert denoise.p50_s == 3.0
     assert denoise.p90_s == pytest.approx(4.6)
@@ -166,12 +169,12 @@ def test_estimates_are_compared_where_both_figures_exist() -> None:
         result("c", estimated_gpu_seconds=10.0, gpu_seconds=10.0, estimated_cost_usd=0.1),
         result("d", gpu_seconds=99.0),
     ]
-    check = check_estimates(rows)
+    check = summarise(rows, [], RUN).estimate
     assert check is not None
     assert (check.num_clips, check.estimated_gpu_seconds, check.actual_gpu_seconds) == (3, 30.0, 27.0)
     assert (check.median_ratio, check.worst_ratio) == (1.0, 0.5)
     assert check.estimated_cost_usd == Decimal("0.3")
-    assert check_estimates([result("d", gpu_seconds=99.0)]) is None
+    assert summarise([result("d", gpu_seconds=99.0)], [], RUN).estimate is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -148,3 +149,27 @@ def test_a_torn_table_is_named(tmp_path: Path) -> None:
 def test_a_missing_table_is_empty(tmp_path: Path) -> None:
     empty: list[Any] = read_rows(LocalStore(tmp_path), "absent")
     assert empty == []
+
+
+def test_results_are_written_as_they_come_in_files_and_row_groups_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS_FILE_ROWS", 20)
+    monkeypatch.setattr(tables, "RESULTS_GROUP_ROWS", 5)
+    made: list[int] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for index in range(52):
+            made.append(index)
+            yield rejected_row({"id": f"r{index}"}, index, "bad", FACTS)
+
+    seen: list[int] = []
+    store = LocalStore(tmp_path)
+    write = store.write
+    monkeypatch.setattr(store, "write", lambda name, content: (seen.append(len(made)), write(name, content)))
+    write_results(store, "results", rows(), pa.table({"x_n": pa.chunked_array([range(30), range(30, 52)])}))
+    assert seen == [20, 40, 52]
+    files = sorted((tmp_path / "results").iterdir())
+    assert [pq.ParquetFile(file).metadata.num_row_groups for file in files] == [4, 4, 3]
+    back = read_rows(store, "results", columns=["id", "x_n"])
+    assert back == [{"id": f"r{index}", "x_n": index} for index in range(52)]
