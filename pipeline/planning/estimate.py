@@ -45,18 +45,26 @@ def clip_flops(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize)
     A negative prompt is not counted: clips that share it, as most do, encode it once. An enhanced prompt is counted at
     its longest. That bounds its operations, not its seconds: words are written one by one, at the speed of memory.
     """
+    return sum(flops for flops, _ in clip_phases(request, recipe, size))
+
+
+def clip_phases(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize) -> list[tuple[float, int]]:
+    """Operations of each phase of a clip, and in how many steps that a worker tells of (`telemetry.OnStep`)."""
     rendered = request.shape.rendered
     text_tokens = size.text_tokens
     if request.wishes.enhance_prompt:
         text_tokens += REWRITE_READ_TOKENS + REWRITE_WRITTEN_TOKENS
-    total = size.text_flops_per_token * text_tokens
+    phases = [(float(size.text_flops_per_token * text_tokens), 1)]
     sizes = recipe.stage_sizes(rendered.height, rendered.width)
     for stage, (height, width) in zip(recipe.stages, sizes, strict=True):
         shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
         samples = stage.num_samples(shape.num_video_tokens, has_audio=size.has_audio)
-        total += samples * denoiser_flops(size, shape)
+        num_steps = len(stage.levels(shape.num_video_tokens)) - 1
+        phases.append((samples * denoiser_flops(size, shape), max(1, num_steps)))
     height, width = sizes[-1]
-    return total + size.decode_flops_per_pixel * rendered.num_frames * height * width
+    # The first frame comes after up to a third of the work for all.
+    phases.append((float(size.decode_flops_per_pixel * rendered.num_frames * height * width), 3))
+    return phases
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,10 @@ class Estimator:
     price: UnitPrice
 
     def estimate(self, request: RenderRequest, recipe: RecipeConfig) -> Estimate:
-        flops = clip_flops(request, recipe, self.size)
-        seconds = flops / (self.assumed_tflops * 1e12)
-        return Estimate(flops, seconds, float(self.price.cost(round(seconds * 1e9))), UNCALIBRATED)
+        phases = clip_phases(request, recipe, self.size)
+        flops, longest = sum(flops for flops, _ in phases), max(flops / num_steps for flops, num_steps in phases)
+        seconds, longest_s = flops / (self.assumed_tflops * 1e12), longest / (self.assumed_tflops * 1e12)
+        return Estimate(flops, seconds, float(self.price.cost(round(seconds * 1e9))), UNCALIBRATED, longest_s)
 
 
 @dataclass(frozen=True)

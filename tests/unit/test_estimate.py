@@ -78,3 +78,10 @@ def test_a_resized_recipe_decodes_only_what_its_last_stage_makes() -> None:
     recipe = RecipeConfig("r", stages=stages, resize=True)
     assert recipe.stage_sizes(512, 768) == [(320, 480), (640, 960)]
     assert clip_flops(parse(width=768, height=512), recipe, size) == 25 * 640 * 960
+
+
+def test_the_longest_step_is_one_of_the_last_stage_at_1080p() -> None:
+    estimator = Estimator(FULL, 1000.0, UnitPrice("p", Decimal(1)))
+    estimate = estimator.estimate(parse(width=1920, height=1080, num_frames=121), RECIPE)
+    assert estimate.longest_step_s == pytest.approx(1.714, rel=0.002)
+    assert estimate.gpu_seconds == pytest.approx(7.68, rel=0.01)
