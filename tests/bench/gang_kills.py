@@ -3,8 +3,8 @@
     python -m tests.bench.gang_kills --kills 20 --ranks 4 --gb 60 --device cuda
 
 As many gangs work at once as the machine holds. Each row's first attempt is killed, its second renders it. Prints a
-JSON object for each kill and one with the maxima; fails if a death is noticed later than after 5 s, if GPU memory is
-not free within 30 s, or if a row is not rendered.
+JSON object with the maxima and appends it, with each kill, to `--results`; fails if a death is noticed later than after
+5 s, if GPU memory is not free within 30 s, or if a row is not rendered.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ def main() -> int:
     parser.add_argument("--gb", type=float, default=60.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seed", type=int, default=20261120)
+    parser.add_argument("--results", type=Path, help="a file such as tests/bench/results/gang_kills.jsonl")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     num_units = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
@@ -161,12 +163,18 @@ def main() -> int:
     if len(kills) < args.kills:
         wrong.append(f"{len(kills)} kills, not {args.kills}")
     summary = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": f"{num_units}x {torch.cuda.get_device_name(0)}" if on_gpu else f"{num_units} CPU cores",
+        "torch": torch.__version__, "ray": ray.__version__,
         "kills": len(kills), "ranks": args.ranks, "device": args.device, "gb": args.gb if on_gpu else 0,
         **{f"max_{name}": max((k[name] for k in kills if k[name] is not None), default=None) for name in TIMES},
         "rendered": list(statuses.values()).count("rendered"), "wall_s": round(time.monotonic() - started_s, 1),
         "stopped_by": str(ending.stopped_by or ""), "violations": wrong,
     }  # fmt: skip
-    sys.stdout.writelines(json.dumps(line) + "\n" for line in (*kills, summary))
+    sys.stdout.write(json.dumps(summary) + "\n")
+    if args.results is not None:
+        with args.results.open("a") as results:
+            results.write(json.dumps({**summary, "each": kills}) + "\n")
     ray.shutdown()
     return 1 if wrong else 0
 
