@@ -4,12 +4,13 @@
     y  = x' / sqrt(mean(x'^2 over D) + eps) * (1 + scale[row of token]) + shift[row of token]
 
 x and branch (B, T, D), contiguous, of float32, bfloat16 or float16; gate, or None for 1, and scale and shift, or None
-for 0, are tables of (B or 1, N, D). All arithmetic is float32. Two tensors are read and two written, where the steps one
-by one read three; y may be written as float8 rows with their scales. One program a token holds the row in registers.
+for 0, are tables of (B or 1, N, D). All arithmetic is float32. Two tensors are read and two written, where the steps
+one by one read three; y may be written as float8 rows with their scales. One program a token holds the row in registers.
 
 Defined by `kernels.reference.gated_residual_norm`, whose shape suffixes are used.
 """
 
+# ruff: noqa: ANN001, ANN202  (device code: its arguments are addresses and numbers, typed by the compiler)
 from __future__ import annotations
 
 import torch
@@ -53,9 +54,7 @@ def _kernel(
         tl.store(y + at, normed, mask=mask)
 
 
-def gated_residual(
-    x_BTD: Tensor, branch_BTD: Tensor, gate_BND: Tensor | None, index_BT: Tensor | None
-) -> Tensor:
+def gated_residual(x_BTD: Tensor, branch_BTD: Tensor, gate_BND: Tensor | None, index_BT: Tensor | None) -> Tensor:
     """`kernels.reference.gated_residual` on a GPU. ValueError if x or the branch is not contiguous."""
     return _launch(x_BTD, branch_BTD, (gate_BND, index_BT), None, 0.0, None, None)
 

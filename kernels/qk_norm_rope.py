@@ -12,6 +12,7 @@ and attention, which gives its result the layout of the queries, needs no copy t
 Defined by `kernels.reference.qk_norm_rope` and `qk_norm_rope_interleaved`, whose shape suffixes are used.
 """
 
+# ruff: noqa: ANN001, ANN202  (device code: its arguments are addresses and numbers, typed by the compiler)
 from __future__ import annotations
 
 import torch

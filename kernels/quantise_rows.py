@@ -9,9 +9,9 @@ one program a row holds it in registers.
 Defined by `kernels.reference.quantise_rows` and `gelu_quantised`, whose shape suffixes are used.
 """
 
+# ruff: noqa: ANN001, ANN201, ANN202  (device code: its arguments are addresses and numbers, typed by the compiler)
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Rows of channels as values (what modulates them, what they are in float8), and what launchers of kernels check of them.
+"""Rows of channels as values: what modulates them, what they are in float8; and what launchers of kernels check.
 
 Shape suffixes are those of `kernels.reference`.
 """
@@ -24,7 +24,7 @@ class ScaledRows(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What follows a norm: tables of (B or 1, N, D), and each token's row in both, (B or 1, T) int64; None if N is 1."""
+    """What follows a norm: tables of (B or 1, N, D), and each token's row in both, (B or 1, T); None if N is 1."""
 
     scale_BND: Tensor
     shift_BND: Tensor

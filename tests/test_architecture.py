@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.telemetry": set(),
     "pipeline.config": {"pipeline.errors"},
     "pipeline.records": {"pipeline.errors", "pipeline.geometry"},
-    "pipeline.model": {"kernels.ops", "pipeline.geometry", "pipeline.errors"},
+    "pipeline.model": {"kernels.ops", "kernels.rows", "pipeline.geometry", "pipeline.errors"},
     "pipeline.media": {"pipeline.errors", "pipeline.geometry"},
     "pipeline.storage": {"pipeline.errors", "pipeline.records"},
     "pipeline.cost": {"pipeline.errors", "pipeline.config", "pipeline.records"},
@@ -103,6 +103,7 @@ FENCES: dict[str, tuple[str, ...]] = {
 FUNCTION_IMPORTS = {
     "pipeline.assembly.driver_side": "the worker factory and the Ray pool: torch loads in workers, ray when asked for",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
+    "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton",
     "jobs.bench": "the writer of random weights: torch loads only when there is something to write",
 }
 

@@ -9,15 +9,17 @@ K distinct timesteps of a sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet
-from pipeline.model.block import NO_SKIPS, AudioVideoBlock, StreamState, num_rows, skips_of_block
+from pipeline.model.block import NO_SKIPS, AudioVideoBlock, StreamLayers, num_rows, skips_of_block
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.modulation import ExchangeModulation, StreamModulation, TimestepModulation
 from pipeline.model.rope import rotary_table
+from pipeline.model.state import StreamState
 from pipeline.model.streams import (
     Conditioning,
     DistinctTimesteps,
@@ -64,8 +66,8 @@ class StreamEnds(nn.Module):
         self.head_table = nn.Parameter(torch.zeros(2, stream.width))
         self.head = nn.Linear(stream.width, stream.out_channels)
 
-    def prepare(self, given: TokenStream) -> StreamConditioning:
-        """What of the stream's conditioning outlasts a step."""
+    def prepare(self, given: TokenStream, layers: Sequence[StreamLayers]) -> StreamConditioning:
+        """What of the stream's conditioning outlasts a step; `layers` are the stream's own of each block."""
         dtype = self.embed.weight.dtype
         exchange_rotary = None
         if self.hparams.audio is not None:
@@ -74,8 +76,14 @@ class StreamEnds(nn.Module):
             time_BA2 = given.positions_BAT2[:, :1]
             exchange_rotary = rotary_table(time_BA2, (seconds,), audio.num_heads, audio.width, self.hparams.rotary)
         stream, text_BSD = self.stream, given.text_BSD.to(dtype)
+        if self.text_projection is not None:
+            text_BSD = self.text_projection(text_BSD)
+        text_keys_values = None
+        if not self.hparams.text_modulation:
+            text_keys_values = tuple(layer.text_attention.keys_values(text_BSD) for layer in layers)
         return StreamConditioning(
-            text_BSD=text_BSD if self.text_projection is None else self.text_projection(text_BSD),
+            text_BSD=text_BSD,
+            text_keys_values=text_keys_values,
             text_bias=text_bias(given.text_mask_BS, dtype, self.hparams.hidden_text_bias),
             self_bias=attention_bias(given.attention_mask_BTT, dtype),
             rotary=rotary_table(
@@ -130,17 +138,20 @@ class AudioVideoDenoiser(nn.Module):
         self.hparams = hparams
         self.video = StreamEnds(hparams.video, hparams, ops)
         self.audio = None if hparams.audio is None else StreamEnds(hparams.audio, hparams, ops)
-        self.blocks = nn.ModuleList(AudioVideoBlock(hparams, ops) for _ in range(hparams.num_layers))
+        self.blocks = nn.ModuleList(AudioVideoBlock(layer, hparams, ops) for layer in range(hparams.num_layers))
 
     def prepare(self, video: TokenStream | None, audio: TokenStream | None) -> Conditioning:
-        """Text projections, masks and rotary tables: all that does not depend on tokens, timesteps or noise levels.
+        """Text projections, keys and values of text, masks and rotary tables: all that does not depend on tokens,
+        timesteps or noise levels.
 
-        Valid for every call whose streams have the same text, masks and positions.
+        Valid for every call whose streams have the same text, masks and positions, until weights change.
         """
         self._require_streams_fit(video, audio)
+        video_layers = cast(list[StreamLayers], [block.video for block in self.blocks])
+        audio_layers = cast(list[StreamLayers], [block.audio for block in self.blocks])
         return Conditioning(
-            video=None if video is None else self.video.prepare(video),
-            audio=None if audio is None or self.audio is None else self.audio.prepare(audio),
+            video=None if video is None else self.video.prepare(video, video_layers),
+            audio=None if audio is None or self.audio is None else self.audio.prepare(audio, audio_layers),
         )
 
     def forward(
