@@ -1,0 +1,318 @@
+"""Seconds of our denoiser's step by operations and precision, of each kernel alone, and of the step as one CUDA graph.
+
+`python -m tests.bench.kernels [--parts ceilings kernels steps graphs profile]` takes a GPU and appends one row to
+`tests/bench/results/kernels.jsonl`. Contestants share weights and inputs, take turns, and are timed by CUDA events;
+outputs are compared before times are. `--tiny` is for a machine without a GPU: it shows that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels import reference, scaled_mm
+from kernels.ops import OpSet, device_ops, fused_ops, reference_ops
+from kernels.rows import Modulation
+from pipeline.engine.latents import audio_positions, video_positions
+from pipeline.geometry import LatentShape
+from pipeline.model.checkpoint import build_on_meta, set_tensor
+from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.fp8 import use_fp8
+from pipeline.model.hparams import DenoiserHparams
+from pipeline.model.streams import DistinctTimesteps, TokenStream
+from tests.bench.peers import Shape, inputs, randomise, transformer_section
+
+RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+SHAPES: dict[str, Shape] = {
+    "768x512x121": (16, 16, 24, 126),
+    "960x544x121": (16, 17, 30, 126),
+    "1920x1088x121": (16, 34, 60, 126),
+}
+TINY_SHAPES: dict[str, Shape] = {"64x64x9": (2, 2, 2, 9)}
+ROUNDS, STEPS_A_ROUND = 3, 2
+KERNEL_TOKENS = (6144, 32640)
+WIDTH, NUM_HEADS = 4096, 32
+EPS = 1e-6
+Call = Callable[[], object]
+
+
+class Case(NamedTuple):
+    """An operation at a size: its slot, its arguments, and the bytes that it cannot do without."""
+
+    slot: str
+    arguments: tuple
+    num_bytes: int
+
+
+def seconds_of(call: Call, device: str) -> float:
+    if device == "cpu":
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def median_s(call: Call, device: str, repeats: int = 20) -> float:
+    for _ in range(3):
+        call()
+    return statistics.median(seconds_of(call, device) for _ in range(repeats if device == "cuda" else 1))
+
+
+def difference(got: Tensor, expected: Tensor) -> dict[str, float]:
+    got, expected = got.double().flatten(), expected.double().flatten()
+    error = (got - expected).norm() / expected.norm()
+    return {"relative": error.item(), "cosine": nn.functional.cosine_similarity(got, expected, dim=0).item()}
+
+
+def ceilings(device: str, tiny: bool) -> dict[str, float]:
+    """Copy bandwidth, and products of random numbers in bfloat16 and float8, the latter with either accumulation."""
+    tokens, width = (64, 64) if tiny else (32640, WIDTH)
+    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    found = {}
+    y = torch.empty(8 * tokens, width, device=device, dtype=torch.bfloat16)
+    z = torch.randn_like(y)
+    found["copy_tb_per_s"] = 2 * z.nbytes / median_s(lambda: y.copy_(z), device) / 1e12
+    del y, z
+    for factor in (1, 4):
+        weight = torch.randn(factor * width, width, device=device, dtype=torch.bfloat16) / 64
+        flops = 2 * tokens * width * factor * width
+        bias = torch.randn(factor * width, device=device, dtype=torch.bfloat16)
+        plain = median_s(lambda w=weight, b=bias: nn.functional.linear(x, w, b), device)
+        found[f"bf16_{factor}_tflops"] = flops / plain / 1e12
+        if device == "cuda":
+            rows, (quantised, scale) = reference._scaled(x), reference.quantise_rows(weight)
+            for fast in (True, False):
+                call = lambda q=quantised, s=scale, b=bias, fast=fast: torch._scaled_mm(  # noqa: E731
+                    rows.values_BTD, q.t(), scale_a=rows.scale_BT1, scale_b=s.t(), bias=b,
+                    out_dtype=torch.bfloat16, use_fast_accum=fast,
+                )  # fmt: skip
+                found[f"fp8_{factor}_{'fast' if fast else 'exact'}_tflops"] = flops / median_s(call, device) / 1e12
+                got = scaled_mm.fp8_linear(rows, quantised, scale, bias) if fast else call()
+                wanted = reference.fp8_linear(rows, quantised, scale, bias)
+                found[f"fp8_{factor}_{'fast' if fast else 'exact'}_error"] = difference(got, wanted)["relative"]
+    return found
+
+
+def cases(tokens: int, width: int, num_heads: int, device: str) -> Iterator[Case]:
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=torch.bfloat16)
+
+    x, branch = draw(1, tokens, width), draw(1, tokens, width)
+    rows = draw(1, 1, 6, width)
+    shift, scale, gate = rows[:, :, :3].unbind(dim=2)
+    modulation, unit = Modulation(scale, shift, None), x.nbytes
+    angle = torch.randn(1, num_heads, tokens, width // num_heads // 2, device=device)
+    rotary, weight = (angle.cos(), angle.sin()), draw(width)
+    wide = draw(1, tokens, 4 * width)
+    up, bias = draw(4 * width, width) / width**0.5, draw(4 * width)
+    yield Case("rms_norm", (x, EPS), 2 * unit)
+    yield Case("modulated_rms_norm", (x, scale, shift, None, EPS), 2 * unit)
+    yield Case("modulated_rms_norm_quantised", (x, scale, shift, None, EPS), unit * 3 // 2)
+    yield Case("gated_residual", (x, branch, gate, None), 3 * unit)
+    yield Case("gated_residual_norm", (x, branch, gate, None, modulation, EPS), 4 * unit)
+    yield Case("gated_residual_norm_quantised", (x, branch, gate, None, modulation, EPS), unit * 7 // 2)
+    yield Case("qk_norm_rope", (x, weight, rotary, num_heads, EPS), 2 * unit + 2 * angle.nbytes)
+    yield Case("qk_norm_rope_interleaved", (x, weight, rotary, num_heads, EPS), 2 * unit + 2 * angle.nbytes)
+    yield Case("quantise_rows", (x,), unit * 3 // 2)
+    yield Case("gelu_quantised", (wide,), 6 * unit)
+    yield Case("linear_gelu", (x, up, bias), 5 * unit + up.nbytes)
+
+
+def kernels_alone(device: str, tiny: bool, copy_tb_per_s: float) -> dict[str, dict]:
+    """Of each operation by tokens: plain and fused seconds, what share of the copy bandwidth that is, and the error."""
+    plain, fused, found = reference_ops(), fused_ops(device), {}
+    for tokens in (16,) if tiny else KERNEL_TOKENS:
+        for case in cases(tokens, 64 if tiny else WIDTH, 4 if tiny else NUM_HEADS, device):
+            ours, theirs = getattr(fused, case.slot), getattr(plain, case.slot)
+            fused_s = median_s(lambda f=ours, c=case: f(*c.arguments), device)
+            got, wanted = (_first(f(*case.arguments)) for f in (ours, theirs))
+            found[f"{case.slot} {tokens}"] = {
+                "plain_ms": 1e3 * median_s(lambda f=theirs, c=case: f(*c.arguments), device, 5),
+                "fused_ms": 1e3 * fused_s,
+                "percent_of_copy": 100 * case.num_bytes / fused_s / 1e12 / copy_tb_per_s,
+                **difference(got, wanted),
+            }
+    return found
+
+
+def _first(output: object) -> Tensor:
+    """The last tensor that an operation makes, float8 rows multiplied out."""
+    if isinstance(output, Tensor):
+        return output
+    *_, last = output
+    if isinstance(last, torch.dtype):
+        return output.values_BTD.float() * output.scale_BT1
+    if not isinstance(last, Tensor):
+        return _first(last)
+    values, last = output
+    return values.float() * last if values.dtype == torch.float8_e4m3fn else last
+
+
+def variants(device: str, tiny: bool) -> dict[str, AudioVideoDenoiser]:
+    """Denoisers of the same random weights by operations and precision; exact ones share their tensors."""
+    hparams = DenoiserHparams.from_config(transformer_section(tiny))
+    plain = randomise(build_on_meta(hparams, device_ops(device)).to(torch.bfloat16), device)
+    # As in published files: the first block and the last five stay as they are.
+    in_float8 = range(1) if tiny else range(1, hparams.num_layers - 5)
+    found = {"exact plain": plain, "exact fused": _copy(plain, fused_ops(device), range(0))}
+    found["fp8 plain"] = _copy(plain, device_ops(device), in_float8)
+    # One set of float8 weights serves both.
+    found["fp8 fused"] = _copy(found["fp8 plain"], fused_ops(device), in_float8)
+    return found
+
+
+def _copy(denoiser: AudioVideoDenoiser, ops: OpSet, fp8_blocks: range) -> AudioVideoDenoiser:
+    copy = build_on_meta(denoiser.hparams, ops).to(torch.bfloat16)
+    use_fp8(copy, fp8_blocks, ops)
+    for name, tensor in denoiser.named_parameters():
+        owner = denoiser.get_submodule(name.rpartition(".")[0])
+        if tensor.dtype == torch.float8_e4m3fn:
+            copy.get_submodule(name.rpartition(".")[0]).set_scaled_weight(tensor.data, owner.weight_scale)
+        else:
+            set_tensor(copy, name, tensor.data)
+    return copy.eval()
+
+
+def bind(denoiser: AudioVideoDenoiser, shape: Shape, device: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    given, latents = inputs(shape, device), LatentShape(*shape, 24.0)
+    sigma = torch.full((1,), 0.9, device=device)
+    at = DistinctTimesteps.uniform(sigma)
+    video = TokenStream(given["video"], at, sigma, video_positions(latents, device=device), given["video_text"])
+    audio = TokenStream(given["audio"], at, sigma, audio_positions(latents, device=device), given["audio_text"])
+    conditioning = denoiser.prepare(video, audio)
+    return lambda: denoiser(video, audio, conditioning)
+
+
+def steps(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], device: str) -> dict[str, dict]:
+    """Of each shape and variant: seconds of every timed step, and how far its velocities are from two others."""
+    found: dict[str, dict] = {}
+    for label, shape in shapes.items():
+        calls = {name: bind(denoiser, shape, device) for name, denoiser in denoisers.items()}
+        outputs = {name: call() for name, call in calls.items()}
+        times: dict[str, list[float]] = defaultdict(list)
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                call()
+                times[name] += [seconds_of(call, device) for _ in range(STEPS_A_ROUND)]
+        for name, output in outputs.items():
+            against = {"exact plain": outputs["exact plain"], "same precision plain": outputs[f"{name[:-5]}plain"]}
+            found[f"{label} {name}"] = {
+                "median_s": statistics.median(times[name]),
+                "all_s": times[name],
+                **{
+                    f"{stream} against {which}": difference(got, wanted)
+                    for which, others in against.items()
+                    for stream, got, wanted in zip(("video", "audio"), output, others, strict=True)
+                },
+            }
+        sys.stdout.write(f"{label}: { {name: round(statistics.median(t), 4) for name, t in times.items()} }\n")
+        sys.stdout.flush()
+    return found
+
+
+def graphs(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], device: str) -> dict[str, dict]:
+    """The fused steps as one CUDA graph each, and on the host's clock how long their launches take one by one."""
+    found: dict[str, dict] = {}
+    for label, shape in shapes.items():
+        for name in ("exact fused", "fp8 fused"):
+            call = bind(denoisers[name], shape, device)
+            eager = call()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            call()
+            launch_s = time.perf_counter() - started
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = call()
+            graph.replay()
+            torch.cuda.synchronize()
+            found[f"{label} {name}"] = {
+                "launch_s": launch_s,
+                "eager_s": statistics.median(seconds_of(call, device) for _ in range(4)),
+                "graph_s": statistics.median(seconds_of(graph.replay, device) for _ in range(4)),
+                "equal": all(torch.equal(a, b) for a, b in zip(output, eager, strict=True)),
+            }
+    return found
+
+
+def profile(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], device: str) -> dict[str, list]:
+    """Where a step's GPU time goes: kernels by name, milliseconds and calls, the largest first."""
+    found = {}
+    for label, shape in shapes.items():
+        for name in ("exact plain", "exact fused", "fp8 fused"):
+            call = bind(denoisers[name], shape, device)
+            call()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                call()
+                torch.cuda.synchronize()
+            events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+            found[f"{label} {name}"] = [
+                [event.key[:120], round(event.self_device_time_total / 1e3, 3), event.count] for event in events[:25]
+            ]
+    return found
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--parts", nargs="*", default=["ceilings", "kernels", "steps", "graphs", "profile"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    tiny = arguments.tiny
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    row: dict[str, object] = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": torch.cuda.get_device_name(0) if device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "tiny": tiny,
+    }
+    try:
+        measure(row, arguments.parts, device, tiny)
+    finally:
+        # What was measured before something failed is kept.
+        if not tiny or arguments.results != RESULTS:
+            arguments.results.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.results.open("a") as results:
+                results.write(json.dumps(row) + "\n")
+
+
+def measure(row: dict[str, object], parts: list[str], device: str, tiny: bool) -> None:
+    """Add to the row what each of the parts finds."""
+    shapes = TINY_SHAPES if tiny else SHAPES
+    limits = ceilings(device, tiny)
+    row["ceilings"] = limits
+    sys.stdout.write(json.dumps(limits, indent=1) + "\n")
+    if "kernels" in parts:
+        row["kernels"] = kernels_alone(device, tiny, limits["copy_tb_per_s"])
+        for name, facts in row["kernels"].items():
+            sys.stdout.write(f"{name}: {json.dumps({k: float(f'{v:.4g}') for k, v in facts.items()})}\n")
+    if {"steps", "graphs", "profile"} & set(parts):
+        denoisers = variants(device, tiny)
+        measures = {"steps": steps, "graphs": graphs, "profile": profile} if device == "cuda" else {"steps": steps}
+        for part in (part for part in measures if part in parts):
+            row[part] = measures[part](denoisers, shapes, device)
+    if device == "cuda":
+        row["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+
+
+if __name__ == "__main__":
+    main()
