@@ -16,15 +16,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels import reference, scaled_mm
+from kernels import reference
 from kernels.ops import OpSet, device_ops, fused_ops, reference_ops
-from kernels.rows import Modulation
+from kernels.rows import Modulation, ScaledRows
 from pipeline.engine.latents import audio_positions, video_positions
 from pipeline.geometry import LatentShape
 from pipeline.model.checkpoint import build_on_meta, set_tensor
@@ -84,29 +85,39 @@ def difference(got: Tensor, expected: Tensor) -> dict[str, float]:
 def ceilings(device: str, tiny: bool) -> dict[str, float]:
     """Copy bandwidth, and products of random numbers in bfloat16 and float8, the latter with either accumulation."""
     tokens, width = (64, 64) if tiny else (32640, WIDTH)
+    found = {"copy_tb_per_s": _copy_tb_per_s(8 * tokens * width, device)}
     x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
-    found = {}
-    y = torch.empty(8 * tokens, width, device=device, dtype=torch.bfloat16)
-    z = torch.randn_like(y)
-    found["copy_tb_per_s"] = 2 * z.nbytes / median_s(lambda: y.copy_(z), device) / 1e12
-    del y, z
     for factor in (1, 4):
         weight = torch.randn(factor * width, width, device=device, dtype=torch.bfloat16) / 64
-        flops = 2 * tokens * width * factor * width
         bias = torch.randn(factor * width, device=device, dtype=torch.bfloat16)
-        plain = median_s(lambda w=weight, b=bias: nn.functional.linear(x, w, b), device)
-        found[f"bf16_{factor}_tflops"] = flops / plain / 1e12
+        flops = 2 * tokens * width * factor * width
+        plain_s = median_s(partial(nn.functional.linear, x, weight, bias), device)
+        found[f"bf16_{factor}_tflops"] = flops / plain_s / 1e12
         if device == "cuda":
-            rows, (quantised, scale) = reference._scaled(x), reference.quantise_rows(weight)
-            for fast in (True, False):
-                call = lambda q=quantised, s=scale, b=bias, fast=fast: torch._scaled_mm(  # noqa: E731
-                    rows.values_BTD, q.t(), scale_a=rows.scale_BT1, scale_b=s.t(), bias=b,
-                    out_dtype=torch.bfloat16, use_fast_accum=fast,
-                )  # fmt: skip
-                found[f"fp8_{factor}_{'fast' if fast else 'exact'}_tflops"] = flops / median_s(call, device) / 1e12
-                got = scaled_mm.fp8_linear(rows, quantised, scale, bias) if fast else call()
-                wanted = reference.fp8_linear(rows, quantised, scale, bias)
-                found[f"fp8_{factor}_{'fast' if fast else 'exact'}_error"] = difference(got, wanted)["relative"]
+            for accumulation, (seconds, error) in _float8_product(x, weight, bias).items():
+                found[f"fp8_{factor}_{accumulation}_tflops"] = flops / seconds / 1e12
+                found[f"fp8_{factor}_{accumulation}_error"] = error
+    return found
+
+
+def _copy_tb_per_s(size: int, device: str) -> float:
+    """Bytes read and written."""
+    source = torch.randn(size, device=device, dtype=torch.bfloat16)
+    return 2 * source.nbytes / median_s(partial(torch.empty_like(source).copy_, source), device) / 1e12
+
+
+def _float8_product(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, tuple[float, float]]:
+    """Seconds and error of the row-wise scaled product, with the sum of products in fewer bits and in all."""
+    values, scale_a = reference.quantise_rows(x)
+    quantised, scale_b = reference.quantise_rows(weight)
+    wanted = reference.fp8_linear(ScaledRows(values[None], scale_a[None], x.dtype), quantised, scale_b, bias)
+    found = {}
+    for accumulation in ("fast", "exact"):
+        product = partial(
+            torch._scaled_mm, values, quantised.t(), scale_a=scale_a, scale_b=scale_b.t(), bias=bias,
+            out_dtype=torch.bfloat16, use_fast_accum=accumulation == "fast",
+        )  # fmt: skip
+        found[accumulation] = (median_s(product, "cuda"), difference(product()[None], wanted)["relative"])
     return found
 
 

@@ -1,4 +1,4 @@
-"""The denoiser through the kernels of a GPU: the official numbers in float32, the plain operations' in lower precision."""
+"""The denoiser through the kernels of a GPU: the official numbers in float32, the plain operations' in fewer bits."""
 
 from __future__ import annotations
 
