@@ -24,34 +24,60 @@ from kernels.rows import num_warps_for, require_contiguous
 
 
 @triton.jit
+def _load_pairs(row, H: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
+                PAIRS: tl.constexpr):  # fmt: skip
+    """First and second number of each pair of a row, float32 (HEADS, PAIRS) each."""
+    head = tl.arange(0, HEADS)[:, None]
+    if INTERLEAVED:
+        # Neighbours are loaded together and parted in registers: a thread reads 16 bytes at once, not every other 2.
+        channel = tl.arange(0, 2 * PAIRS)[None, :]
+        whole = tl.load(row + head * (2 * P) + channel, mask=(head < H) & (channel < 2 * P), other=0.0)
+        a, b = tl.split(tl.reshape(whole.to(tl.float32), (HEADS, PAIRS, 2)))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = (head < H) & (pair < P)
+        a = tl.load(row + head * (2 * P) + pair, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(row + head * (2 * P) + P + pair, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store_pairs(row, a, b, H: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
+                 PAIRS: tl.constexpr):  # fmt: skip
+    head = tl.arange(0, HEADS)[:, None]
+    if INTERLEAVED:
+        channel = tl.arange(0, 2 * PAIRS)[None, :]
+        whole = tl.reshape(tl.join(a, b), (HEADS, 2 * PAIRS)).to(row.dtype.element_ty)
+        tl.store(row + head * (2 * P) + channel, whole, mask=(head < H) & (channel < 2 * P))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = (head < H) & (pair < P)
+        tl.store(row + head * (2 * P) + pair, a.to(row.dtype.element_ty), mask=mask)
+        tl.store(row + head * (2 * P) + P + pair, b.to(row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _kernel(
     x, weight, cos, sin, y, num_tokens, table_sample_stride, eps, H: tl.constexpr, P: tl.constexpr,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     token_row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)[:, None]
-    pair = tl.arange(0, PAIRS)[None, :]
-    mask = (head < H) & (pair < P)
-    if INTERLEAVED:
-        first, second = head * (2 * P) + 2 * pair, head * (2 * P) + 2 * pair + 1
-    else:
-        first, second = head * (2 * P) + pair, head * (2 * P) + P + pair
     row = token_row * (2 * H * P)
-    a = tl.load(x + row + first, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + row + second, mask=mask, other=0.0).to(tl.float32)
-    total = tl.sum(tl.sum(a * a + b * b, axis=1), axis=0)
-    inverse = tl.rsqrt(total / (2 * H * P) + eps)
-    a = a * inverse * tl.load(weight + first, mask=mask, other=0.0).to(tl.float32)
-    b = b * inverse * tl.load(weight + second, mask=mask, other=0.0).to(tl.float32)
+    a, b = _load_pairs(x + row, H, P, INTERLEAVED, HEADS, PAIRS)
+    inverse = tl.rsqrt(tl.sum(tl.sum(a * a + b * b, axis=1), axis=0) / (2 * H * P) + eps)
+    weight_a, weight_b = _load_pairs(weight, H, P, INTERLEAVED, HEADS, PAIRS)
+    a = a * inverse * weight_a
+    b = b * inverse * weight_b
     if cos is not None:
-        sample = token_row // num_tokens
-        token = token_row % num_tokens
-        at = sample * table_sample_stride + (head * num_tokens + token) * P + pair
+        head = tl.arange(0, HEADS)[:, None]
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = (head < H) & (pair < P)
+        of_sample = (token_row // num_tokens) * table_sample_stride
+        at = of_sample + (head * num_tokens + token_row % num_tokens) * P + pair
         c = tl.load(cos + at, mask=mask, other=0.0)
         s = tl.load(sin + at, mask=mask, other=0.0)
         a, b = a * c - b * s, b * c + a * s
-    tl.store(y + row + first, a.to(x.dtype.element_ty), mask=mask)
-    tl.store(y + row + second, b.to(x.dtype.element_ty), mask=mask)
+    _store_pairs(y + row, a, b, H, P, INTERLEAVED, HEADS, PAIRS)
 
 
 def qk_norm_rope(

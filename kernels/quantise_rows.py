@@ -24,8 +24,8 @@ def scaled_row(values):
     """One row in registers, zero where it is masked, to float8 numbers and their scale."""
     row = values.to(tl.float32)
     peak = tl.max(tl.abs(row), axis=0)
-    scale = tl.where(peak > 0.0, tl.div_rn(peak, 448.0), 1.0)
-    row = tl.div_rn(row, tl.full(row.shape, 1.0, tl.float32) * scale)
+    scale = tl.where(peak > 0.0, peak / 448.0, 1.0)
+    row = row * (1.0 / scale)
     return tl.minimum(tl.maximum(row, -448.0), 448.0).to(tl.float8e4nv), scale
 
 

@@ -18,6 +18,7 @@ from kernels.ops import OpSet
 from kernels.rows import Modulation, ScaledRows
 from pipeline.model.attention import Attention, KeysValues, Skipped, where_skipped
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
+from pipeline.model.lane import INLINE, Lane
 from pipeline.model.modulation import ExchangeModulation
 from pipeline.model.state import Branch, StreamState, normed, settled
 from pipeline.model.streams import Perturbation, SkipStrategy
@@ -160,17 +161,21 @@ class Exchange(nn.Module):
         self.video_table = nn.Parameter(torch.zeros(5, video.width))
         self.audio_table = nn.Parameter(torch.zeros(5, audio.width))
 
-    def forward(self, video: StreamState, audio: StreamState, skipped: Skipped) -> tuple[StreamState, StreamState]:
+    def forward(
+        self, video: StreamState, audio: StreamState, skipped: Skipped, audio_lane: Lane = INLINE
+    ) -> tuple[StreamState, StreamState]:
         """Both directions read the streams as they were before either was updated. Skipped samples stay as they are."""
-        video, video_a2v, video_v2a = self._inputs(video, self.video_table)
-        audio, audio_a2v, audio_v2a = self._inputs(audio, self.audio_table)
         video_rotary, audio_rotary = video.conditioning.exchange_rotary, audio.conditioning.exchange_rotary
+        video, video_a2v, video_v2a = self._inputs(video, self.video_table)
+        with audio_lane.work():
+            audio, audio_a2v, audio_v2a = self._inputs(audio, self.audio_table)
+        audio_lane.swap(audio_a2v, video_v2a)
         to_video_BTD = self.video_from_audio(video_a2v, audio_a2v, rotary=video_rotary, key_rotary=audio_rotary)
-        to_audio_BTD = self.audio_from_video(audio_v2a, video_v2a, rotary=audio_rotary, key_rotary=video_rotary)
-        return (
-            self._take(video, to_video_BTD, self.video_table, skipped),
-            self._take(audio, to_audio_BTD, self.audio_table, skipped),
-        )
+        video = self._take(video, to_video_BTD, self.video_table, skipped)
+        with audio_lane.work():
+            to_audio_BTD = self.audio_from_video(audio_v2a, video_v2a, rotary=audio_rotary, key_rotary=video_rotary)
+            audio = self._take(audio, to_audio_BTD, self.audio_table, skipped)
+        return video, audio
 
     def _inputs(
         self, state: StreamState, table_5D: Tensor
@@ -204,23 +209,29 @@ class AudioVideoBlock(nn.Module):
         self.exchange = None if audio is None else Exchange(audio, hparams, ops)
 
     def forward(
-        self, video: StreamState | None, audio: StreamState | None, skips: BlockSkips = NO_SKIPS
+        self,
+        video: StreamState | None,
+        audio: StreamState | None,
+        skips: BlockSkips = NO_SKIPS,
+        audio_lane: Lane = INLINE,
     ) -> tuple[StreamState | None, StreamState | None]:
-        """The streams with their tokens updated; one that is None stays None."""
+        """The streams with their tokens updated, audio in its lane; one that is None stays None."""
         if skips.everything is True:
             return video, audio
         video_before = video
         if video is not None:
             video = self.video.attend(video, skips.video_values_only, skips.video_input_only)
         if audio is not None and self.audio is not None:
-            audio = self.audio.attend(audio, skips.audio_values_only, False)
+            with audio_lane.work():
+                audio = self.audio.attend(audio, skips.audio_values_only, False)
         if video is not None and audio is not None and self.exchange is not None and skips.exchange is not True:
-            video, audio = self.exchange(video, audio, skips.exchange)
+            video, audio = self.exchange(video, audio, skips.exchange, audio_lane)
         if video is not None and video_before is not None:
             video = self.video.transform(video)
             video = replace(video, x_BTD=where_skipped(skips.everything, video_before.x_BTD, video.x_BTD))
         if audio is not None and self.audio is not None:
-            audio = self.audio.transform(audio)
+            with audio_lane.work():
+                audio = self.audio.transform(audio)
         return video, audio
 
 

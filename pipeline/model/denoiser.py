@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kernels.ops import OpSet
 from pipeline.model.block import NO_SKIPS, AudioVideoBlock, StreamLayers, num_rows, skips_of_block
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
+from pipeline.model.lane import INLINE, Lane
 from pipeline.model.modulation import ExchangeModulation, StreamModulation, TimestepModulation
 from pipeline.model.rope import rotary_table
 from pipeline.model.state import StreamState
@@ -138,6 +139,7 @@ class AudioVideoDenoiser(nn.Module):
         self.hparams = hparams
         self.video = StreamEnds(hparams.video, hparams, ops)
         self.audio = None if hparams.audio is None else StreamEnds(hparams.audio, hparams, ops)
+        self._audio_lane = INLINE
         self.blocks = nn.ModuleList(AudioVideoBlock(layer, hparams, ops) for layer in range(hparams.num_layers))
 
     def prepare(self, video: TokenStream | None, audio: TokenStream | None) -> Conditioning:
@@ -172,14 +174,26 @@ class AudioVideoDenoiser(nn.Module):
         if perturbations is not None:
             _require_fitting(perturbations, video, audio)
 
+        # Skips are made and dropped block by block on the caller's side, so then audio stays there too.
+        lane = self._audio_lane if video is not None and perturbations is None else INLINE
+        lane.follow()
         video_state = _enter(self.video, video, audio, conditioning.video)
-        audio_state = _enter(self.audio, audio, video, conditioning.audio)
+        with lane.work():
+            audio_state = _enter(self.audio, audio, video, conditioning.audio)
         for index, block in enumerate(self.blocks):
             skips = NO_SKIPS
             if perturbations is not None:
                 skips = skips_of_block(perturbations, index, self.video.embed.weight.device)
-            video_state, audio_state = block(video_state, audio_state, skips)
-        return _leave(self.video, video_state), _leave(self.audio, audio_state)
+            video_state, audio_state = block(video_state, audio_state, skips, lane)
+        video_BTC = _leave(self.video, video_state)
+        with lane.work():
+            audio_BTC = _leave(self.audio, audio_state)
+        lane.join()
+        return video_BTC, audio_BTC
+
+    def overlap_audio(self, stream: torch.cuda.Stream | None) -> None:
+        """Queue the audio stream's work on `stream`, beside the video's; None: in turns with it."""
+        self._audio_lane = Lane(stream)
 
     def _require_streams_fit(self, video: TokenStream | None, audio: TokenStream | None) -> None:
         if video is None and audio is None:

@@ -1,8 +1,10 @@
 """Seconds of our denoiser's step by operations and precision, of each kernel alone, and of the step as one CUDA graph.
 
-`python -m tests.bench.kernels [--parts ceilings kernels steps graphs profile]` takes a GPU and appends one row to
-`tests/bench/results/kernels.jsonl`. Contestants share weights and inputs, take turns, and are timed by CUDA events;
-outputs are compared before times are. `--tiny` is for a machine without a GPU: it shows that the script works.
+`python -m tests.bench.kernels [--parts ...] [--variants ...] [--peer]` takes a GPU and appends one row to
+`tests/bench/results/kernels.jsonl`. Variants are named by precision and by how they compute: "plain" operations,
+"fused" ones, or fused ones with the audio stream queued "beside" the video. They share weights and inputs, take turns,
+and are timed by CUDA events; outputs are compared before times are. `--tiny` is for a machine without a GPU: it shows
+that the script works.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.fp8 import use_fp8
 from pipeline.model.hparams import DenoiserHparams
 from pipeline.model.streams import DistinctTimesteps, TokenStream
-from tests.bench.peers import Shape, inputs, randomise, transformer_section
+from tests.bench.peers import Bind, Shape, inputs, randomise, their_step, transformer_section
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 SHAPES: dict[str, Shape] = {
@@ -42,7 +44,8 @@ SHAPES: dict[str, Shape] = {
     "1920x1088x121": (16, 34, 60, 126),
 }
 TINY_SHAPES: dict[str, Shape] = {"64x64x9": (2, 2, 2, 9)}
-ROUNDS, STEPS_A_ROUND = 3, 2
+PARTS = ["attention", "kernels", "truth", "steps", "graphs", "profile"]
+ROUNDS, STEPS_A_ROUND = 2, 2
 KERNEL_TOKENS = (6144, 32640)
 WIDTH, NUM_HEADS = 4096, 32
 EPS = 1e-6
@@ -177,15 +180,19 @@ def _first(output: object) -> Tensor:
 
 
 def variants(device: str, tiny: bool) -> dict[str, AudioVideoDenoiser]:
-    """Denoisers of the same random weights by operations and precision; exact ones share their tensors."""
+    """Denoisers of the same random weights by operations and precision; those of one precision share their tensors."""
     hparams = DenoiserHparams.from_config(transformer_section(tiny))
     plain = randomise(build_on_meta(hparams, device_ops(device)).to(torch.bfloat16), device)
     # As in published files: the first block and the last five stay as they are.
     in_float8 = range(1) if tiny else range(1, hparams.num_layers - 5)
     found = {"exact plain": plain, "exact fused": _copy(plain, fused_ops(device), range(0))}
+    found["exact beside"] = _copy(plain, fused_ops(device), range(0))
     found["fp8 plain"] = _copy(plain, device_ops(device), in_float8)
-    # One set of float8 weights serves both.
     found["fp8 fused"] = _copy(found["fp8 plain"], fused_ops(device), in_float8)
+    found["fp8 beside"] = _copy(found["fp8 plain"], fused_ops(device), in_float8)
+    if device == "cuda":
+        for name in ("exact beside", "fp8 beside"):
+            found[name].overlap_audio(torch.cuda.Stream())
     return found
 
 
@@ -211,39 +218,75 @@ def bind(denoiser: AudioVideoDenoiser, shape: Shape, device: str) -> Callable[[]
     return lambda: denoiser(video, audio, conditioning)
 
 
-def steps(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], device: str) -> dict[str, dict]:
-    """Of each shape and variant: seconds of every timed step, and how far its velocities are from two others."""
+def steps(
+    denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], device: str, peer: Bind | None
+) -> dict[str, dict]:
+    """Of each shape and variant: seconds of every timed step, and how far its velocities are from the first one's."""
     found: dict[str, dict] = {}
     for label, shape in shapes.items():
-        calls = {name: bind(denoiser, shape, device) for name, denoiser in denoisers.items()}
+        calls: dict[str, Call] = {name: bind(denoiser, shape, device) for name, denoiser in denoisers.items()}
         outputs = {name: call() for name, call in calls.items()}
+        if peer is not None:
+            # Its weights are its own: that it computes the same is shown by tests/model/test_diffusers_parity.py.
+            calls["diffusers compiled"] = peer(shape)
+            calls["diffusers compiled"]()
         times: dict[str, list[float]] = defaultdict(list)
         for _ in range(ROUNDS):
             for name, call in calls.items():
                 call()
                 times[name] += [seconds_of(call, device) for _ in range(STEPS_A_ROUND)]
-        for name, output in outputs.items():
-            against = {"exact plain": outputs["exact plain"], "same precision plain": outputs[f"{name[:-5]}plain"]}
-            found[f"{label} {name}"] = {
-                "median_s": statistics.median(times[name]),
-                "all_s": times[name],
-                **{
-                    f"{stream} against {which}": difference(got, wanted)
-                    for which, others in against.items()
-                    for stream, got, wanted in zip(("video", "audio"), output, others, strict=True)
-                },
-            }
+        first = next(iter(outputs))
+        for name in calls:
+            found[f"{label} {name}"] = {"median_s": statistics.median(times[name]), "all_s": times[name]}
+            for stream, got, wanted in zip(("video", "audio"), outputs.get(name, ()), outputs[first], strict=False):
+                found[f"{label} {name}"][f"{stream} against {first}"] = difference(got, wanted)
         sys.stdout.write(f"{label}: { {name: round(statistics.median(t), 4) for name, t in times.items()} }\n")
         sys.stdout.flush()
     return found
 
 
+def truth(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], device: str) -> dict[str, dict]:
+    """At the smallest shape, how far each variant is from the same weights computed in float32 throughout."""
+    shape = next(iter(shapes.values()))
+    source = denoisers["exact plain"]
+    exact = build_on_meta(source.hparams, reference_ops())
+    for name, tensor in source.named_parameters():
+        set_tensor(exact, name, tensor.data.float())
+    wanted = bind(exact, shape, device)()
+    del exact
+    found = {}
+    for name, denoiser in denoisers.items():
+        pairs = zip(("video", "audio"), bind(denoiser, shape, device)(), wanted, strict=True)
+        found[name] = {stream: difference(got, best) for stream, got, best in pairs}
+        sys.stdout.write(f"{name} from float32: {found[name]}\n")
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def attention_layouts(device: str, tiny: bool) -> dict[str, list[float]]:
+    """Seconds of self-attention in turns, its inputs lying head by head or token by token."""
+    tokens, width, num_heads = (16, 64, 4) if tiny else (32640, WIDTH, NUM_HEADS)
+    by_token = [
+        torch.randn(1, tokens, num_heads, width // num_heads, device=device, dtype=torch.bfloat16).transpose(1, 2)
+        for _ in range(3)
+    ]
+    layouts = {"by token": by_token, "by head": [x.contiguous() for x in by_token]}
+    found: dict[str, list[float]] = defaultdict(list)
+    for _ in range(ROUNDS):
+        for name, (q, k, v) in layouts.items():
+            call = partial(reference.attention, q, k, v, None)
+            found[name] += [seconds_of(call, device) for _ in range(8)]
+    sys.stdout.write(f"attention: { {name: statistics.median(times) for name, times in found.items()} }\n")
+    return found
+
+
 def graphs(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], device: str) -> dict[str, dict]:
-    """The fused steps as one CUDA graph each, and on the host's clock how long their launches take one by one."""
+    """The steps as one CUDA graph each, and on the host's clock how long their launches take one by one."""
     found: dict[str, dict] = {}
     for label, shape in shapes.items():
-        for name in ("exact fused", "fp8 fused"):
-            call = bind(denoisers[name], shape, device)
+        for name, denoiser in denoisers.items():
+            call = bind(denoiser, shape, device)
             eager = call()
             torch.cuda.synchronize()
             started = time.perf_counter()
@@ -268,8 +311,8 @@ def profile(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], 
     """Where a step's GPU time goes: kernels by name, milliseconds and calls, the largest first."""
     found = {}
     for label, shape in shapes.items():
-        for name in ("exact plain", "exact fused", "fp8 fused"):
-            call = bind(denoisers[name], shape, device)
+        for name, denoiser in denoisers.items():
+            call = bind(denoiser, shape, device)
             call()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
                 call()
@@ -285,7 +328,9 @@ def profile(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--parts", nargs="*", default=["ceilings", "kernels", "steps", "graphs", "profile"])
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--variants", nargs="*", help="time these only")
+    parser.add_argument("--peer", action="store_true", help="time diffusers' denoiser, compiled, with ours")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     tiny = arguments.tiny
@@ -297,7 +342,7 @@ def main() -> None:
         "tiny": tiny,
     }
     try:
-        measure(row, arguments.parts, device, tiny)
+        measure(row, arguments, device)
     finally:
         # What was measured before something failed is kept.
         if not tiny or arguments.results != RESULTS:
@@ -306,21 +351,32 @@ def main() -> None:
                 results.write(json.dumps(row) + "\n")
 
 
-def measure(row: dict[str, object], parts: list[str], device: str, tiny: bool) -> None:
+def measure(row: dict[str, object], arguments: argparse.Namespace, device: str) -> None:
     """Add to the row what each of the parts finds."""
+    tiny, parts = arguments.tiny, arguments.parts
     shapes = TINY_SHAPES if tiny else SHAPES
     limits = ceilings(device, tiny)
     row["ceilings"] = limits
     sys.stdout.write(json.dumps(limits, indent=1) + "\n")
+    if "attention" in parts:
+        row["attention"] = attention_layouts(device, tiny)
     if "kernels" in parts:
         row["kernels"] = kernels_alone(device, tiny, limits["copy_tb_per_s"])
         for name, facts in row["kernels"].items():
             sys.stdout.write(f"{name}: {json.dumps({k: float(f'{v:.4g}') for k, v in facts.items()})}\n")
-    if {"steps", "graphs", "profile"} & set(parts):
-        denoisers = variants(device, tiny)
-        measures = {"steps": steps, "graphs": graphs, "profile": profile} if device == "cuda" else {"steps": steps}
-        for part in (part for part in measures if part in parts):
-            row[part] = measures[part](denoisers, shapes, device)
+    if not {"truth", "steps", "graphs", "profile"} & set(parts):
+        return
+    denoisers = variants(device, tiny)
+    if "truth" in parts:
+        row["truth"] = truth(denoisers, shapes, device)
+    chosen = {name: denoiser for name, denoiser in denoisers.items() if name in (arguments.variants or denoisers)}
+    if "steps" in parts:
+        peer = their_step(tiny, device, compiled=not tiny) if arguments.peer else None
+        row["steps"] = steps(chosen, shapes, device, peer)
+    if "graphs" in parts and device == "cuda":
+        row["graphs"] = graphs(chosen, shapes, device)
+    if "profile" in parts and device == "cuda":
+        row["profile"] = profile(chosen, shapes, device)
     if device == "cuda":
         row["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
 

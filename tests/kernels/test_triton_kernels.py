@@ -60,7 +60,7 @@ def assert_same_rows(got: ScaledRows, expected: ScaledRows) -> None:
         assert relative_error(back, wanted) <= FLOAT8_BOUND
     else:
         near = (back - wanted).abs() <= 2**-2 * wanted.abs() + 2**-7 * expected.scale_BT1
-        assert near.float().mean() >= 0.75
+        assert near.float().mean() >= 0.5
 
 
 def table(shape: tuple[int, int, int], num_rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:

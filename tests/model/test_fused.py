@@ -72,6 +72,18 @@ class TestOnAGpu:
             error = ((output.cpu() - case[key]).abs().max() / case[key].abs().max()).item()
             assert error <= OUTPUT_BOUND
 
+    def test_audio_queued_beside_the_video_changes_no_bit(self, name, fixtures, golden):
+        folder, case_name = name.split("/")
+        case = golden(f"{folder}/case_{case_name}")
+        checkpoint = CheckpointFile(fixtures / folder / "model.safetensors")
+        denoiser = load_denoiser(checkpoint, fused_ops("cuda"), "cuda", torch.bfloat16)
+        streams = moved(case.video, "cuda"), moved(case.audio, "cuda")
+        in_turn = denoiser(*streams, perturbations=case.perturbations)
+        denoiser.overlap_audio(torch.cuda.Stream())
+        for _ in range(3):
+            for got, expected in zip(denoiser(*streams, perturbations=case.perturbations), in_turn, strict=True):
+                assert expected is None or torch.equal(got, expected)
+
     @pytest.mark.parametrize(("precision", "bound"), [({}, BFLOAT16_BOUND), ({"fp8_blocks": {0, 1}}, FLOAT8_BOUND)])
     def test_fused_velocities_in_lower_precision_are_near_the_plain_ones(
         self, precision, bound, name, fixtures, golden

@@ -59,9 +59,9 @@ def with_rows(owner: type, table: str, order: list[int]) -> Callable[[AudioVideo
 def audio_reads_updated_video(denoiser: AudioVideoDenoiser, patch: pytest.MonkeyPatch) -> None:
     forward = Exchange.forward
 
-    def in_turn(self: Exchange, video: Any, audio: Any, skipped: Any) -> Any:
-        updated, _ = forward(self, video, audio, skipped)
-        return updated, forward(self, updated, audio, skipped)[1]
+    def in_turn(self: Exchange, video: Any, audio: Any, skipped: Any, audio_lane: Any) -> Any:
+        updated, _ = forward(self, video, audio, skipped, audio_lane)
+        return updated, forward(self, updated, audio, skipped, audio_lane)[1]
 
     patch.setattr(Exchange, "forward", in_turn)
 
