@@ -17,6 +17,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,8 +36,8 @@ from pipeline.model.checkpoint import build_on_meta, set_tensor
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.fp8 import use_fp8
 from pipeline.model.hparams import DenoiserHparams
-from pipeline.model.streams import DistinctTimesteps, TokenStream
-from tests.bench.peers import Bind, Shape, inputs, randomise, their_step, transformer_section
+from pipeline.model.streams import Conditioning, DistinctTimesteps, TokenStream
+from tests.bench.peers import Bind, Shape, Step, inputs, randomise, their_step, transformer_section
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 SHAPES: dict[str, Shape] = {
@@ -185,18 +187,18 @@ def variants(device: str, tiny: bool) -> dict[str, AudioVideoDenoiser]:
     plain = randomise(build_on_meta(hparams, device_ops(device)).to(torch.bfloat16), device)
     # As in published files: the first block and the last five stay as they are.
     in_float8 = range(1) if tiny else range(1, hparams.num_layers - 5)
-    found = {"exact plain": plain, "exact fused": _copy(plain, fused_ops(device), range(0))}
-    found["exact beside"] = _copy(plain, fused_ops(device), range(0))
-    found["fp8 plain"] = _copy(plain, device_ops(device), in_float8)
-    found["fp8 fused"] = _copy(found["fp8 plain"], fused_ops(device), in_float8)
-    found["fp8 beside"] = _copy(found["fp8 plain"], fused_ops(device), in_float8)
+    found = {"exact plain": plain, "exact fused": copy_of(plain, fused_ops(device), range(0))}
+    found["exact beside"] = copy_of(plain, fused_ops(device), range(0))
+    found["fp8 plain"] = copy_of(plain, device_ops(device), in_float8)
+    found["fp8 fused"] = copy_of(found["fp8 plain"], fused_ops(device), in_float8)
+    found["fp8 beside"] = copy_of(found["fp8 plain"], fused_ops(device), in_float8)
     if device == "cuda":
         for name in ("exact beside", "fp8 beside"):
             found[name].overlap_audio(torch.cuda.Stream())
     return found
 
 
-def _copy(denoiser: AudioVideoDenoiser, ops: OpSet, fp8_blocks: range) -> AudioVideoDenoiser:
+def copy_of(denoiser: AudioVideoDenoiser, ops: OpSet, fp8_blocks: range) -> AudioVideoDenoiser:
     copy = build_on_meta(denoiser.hparams, ops).to(torch.bfloat16)
     use_fp8(copy, fp8_blocks, ops)
     for name, tensor in denoiser.named_parameters():
@@ -208,13 +210,17 @@ def _copy(denoiser: AudioVideoDenoiser, ops: OpSet, fp8_blocks: range) -> AudioV
     return copy.eval()
 
 
-def bind(denoiser: AudioVideoDenoiser, shape: Shape, device: str) -> Callable[[], tuple[Tensor, Tensor]]:
+def bind(denoiser: AudioVideoDenoiser, shape: Shape, device: str, *, keep_text: bool = True) -> Step:
+    """One step at a shape; its text's keys and values are computed at each call unless they are kept."""
     given, latents = inputs(shape, device), LatentShape(*shape, 24.0)
     sigma = torch.full((1,), 0.9, device=device)
     at = DistinctTimesteps.uniform(sigma)
     video = TokenStream(given["video"], at, sigma, video_positions(latents, device=device), given["video_text"])
     audio = TokenStream(given["audio"], at, sigma, audio_positions(latents, device=device), given["audio_text"])
     conditioning = denoiser.prepare(video, audio)
+    if not keep_text:
+        streams = (conditioning.video, conditioning.audio)
+        conditioning = Conditioning(*(replace(stream, text_keys_values=None) for stream in streams))
     return lambda: denoiser(video, audio, conditioning)
 
 
@@ -324,6 +330,27 @@ def profile(denoisers: dict[str, AudioVideoDenoiser], shapes: dict[str, Shape], 
     return found
 
 
+def new_row(device: str, tiny: bool) -> dict[str, object]:
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": torch.cuda.get_device_name(0) if device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "tiny": tiny,
+    }
+
+
+@contextmanager
+def kept(row: dict[str, object], results: Path) -> Iterator[None]:
+    """Append the row to the results, even if what fills it fails before its end. Toy sizes tell nothing of speed."""
+    try:
+        yield
+    finally:
+        if not row["tiny"] or results != RESULTS:
+            results.parent.mkdir(parents=True, exist_ok=True)
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -333,22 +360,10 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="time diffusers' denoiser, compiled, with ours")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    tiny = arguments.tiny
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    row: dict[str, object] = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": torch.cuda.get_device_name(0) if device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "tiny": tiny,
-    }
-    try:
+    row = new_row(device, arguments.tiny)
+    with kept(row, arguments.results):
         measure(row, arguments, device)
-    finally:
-        # What was measured before something failed is kept.
-        if not tiny or arguments.results != RESULTS:
-            arguments.results.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.results.open("a") as results:
-                results.write(json.dumps(row) + "\n")
 
 
 def measure(row: dict[str, object], arguments: argparse.Namespace, device: str) -> None:
