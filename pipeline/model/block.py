@@ -143,7 +143,7 @@ class StreamLayers(nn.Module):
         """Feed-forward, added to the tokens."""
         modulation, gate_BKD = self._rows(state, 3)
         state, y = normed(state, modulation, self.norm_eps, self.ops, as_rows=self.feed_forward.in_float8)
-        return settled(replace(state, branch=Branch(self.feed_forward(y), gate_BKD, modulation.index_BT)), self.ops)
+        return replace(state, branch=Branch(self.feed_forward(y), gate_BKD, modulation.index_BT))
 
 
 class Exchange(nn.Module):
@@ -215,7 +215,7 @@ class AudioVideoBlock(nn.Module):
         skips: BlockSkips = NO_SKIPS,
         audio_lane: Lane = INLINE,
     ) -> tuple[StreamState | None, StreamState | None]:
-        """The streams with their tokens updated, audio in its lane; one that is None stays None."""
+        """The streams updated, up to their last branch, audio in its lane; one that is None stays None."""
         if skips.everything is True:
             return video, audio
         video_before = video
@@ -228,7 +228,9 @@ class AudioVideoBlock(nn.Module):
             video, audio = self.exchange(video, audio, skips.exchange, audio_lane)
         if video is not None and video_before is not None:
             video = self.video.transform(video)
-            video = replace(video, x_BTD=where_skipped(skips.everything, video_before.x_BTD, video.x_BTD))
+            if skips.everything is not False:
+                before, after = settled(video_before, self.video.ops), settled(video, self.video.ops)
+                video = replace(after, x_BTD=where_skipped(skips.everything, before.x_BTD, after.x_BTD))
         if audio is not None and self.audio is not None:
             with audio_lane.work():
                 audio = self.audio.transform(audio)

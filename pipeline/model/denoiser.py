@@ -20,7 +20,7 @@ from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.lane import INLINE, Lane
 from pipeline.model.modulation import ExchangeModulation, StreamModulation, TimestepModulation
 from pipeline.model.rope import rotary_table
-from pipeline.model.state import StreamState
+from pipeline.model.state import StreamState, settled
 from pipeline.model.streams import (
     Conditioning,
     DistinctTimesteps,
@@ -52,7 +52,7 @@ class StreamEnds(nn.Module):
         super().__init__()
         self.stream = stream
         self.hparams = hparams
-        self.modulated_layer_norm = ops.modulated_layer_norm
+        self.ops = ops
         self.embed = nn.Linear(stream.in_channels, stream.width)
         self.text_projection = (
             None if hparams.text_channels is None else TextProjection(hparams.text_channels, stream.width, ops)
@@ -123,7 +123,7 @@ class StreamEnds(nn.Module):
         """Velocity, (B, T, C)."""
         shift_BKD, scale_BKD = (self.head_table + modulation.embedded_BKD[:, :, None]).unbind(dim=2)
         return self.head(
-            self.modulated_layer_norm(x_BTD, scale_BKD, shift_BKD, modulation.index_BT, self.hparams.norm_eps)
+            self.ops.modulated_layer_norm(x_BTD, scale_BKD, shift_BKD, modulation.index_BT, self.hparams.norm_eps)
         )
 
 
@@ -216,7 +216,10 @@ def _enter(
 
 
 def _leave(ends: StreamEnds | None, state: StreamState | None) -> Tensor | None:
-    return None if ends is None or state is None else ends.project_out(state.x_BTD, state.modulation)
+    """Velocities of a stream after the last block; None for a stream not given."""
+    if ends is None or state is None:
+        return None
+    return ends.project_out(settled(state, ends.ops).x_BTD, state.modulation)
 
 
 def _require_fitting(

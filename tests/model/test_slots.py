@@ -43,9 +43,9 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
     assert calls_of("dit_ltx2_0") == {
         "attention": 6 * num_layers,
         "qk_norm_rope": 12 * num_layers,
-        "modulated_rms_norm": 4 * num_layers,
-        "gated_residual_norm": 6 * num_layers,
-        "gated_residual": 2 * num_layers,
+        "modulated_rms_norm": 2 * num_layers + 2,
+        "gated_residual_norm": 8 * num_layers - 2,
+        "gated_residual": 2,
         "linear_gelu": 2 * num_layers,
         "gelu_tanh": 2,
         "modulated_layer_norm": 2,
@@ -54,18 +54,18 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
         "attention": 6 * num_layers,
         "qk_norm_rope": 12 * num_layers,
         "gate_heads": 6 * num_layers,
-        "modulated_rms_norm": 4 * num_layers,
-        "gated_residual_norm": 6 * num_layers,
-        "gated_residual": 2 * num_layers,
+        "modulated_rms_norm": 2 * num_layers + 2,
+        "gated_residual_norm": 8 * num_layers - 2,
+        "gated_residual": 2,
         "linear_gelu": 2 * num_layers,
         "modulated_layer_norm": 2,
     }
     assert calls_of("dit_ltxv_0_9_8_2b") == {
         "attention": 2 * num_layers,
         "qk_norm_rope_interleaved": 4 * num_layers,
-        "modulated_rms_norm": num_layers,
-        "gated_residual_norm": num_layers,
-        "gated_residual": 2 * num_layers,
+        "modulated_rms_norm": 1,
+        "gated_residual_norm": 2 * num_layers - 1,
+        "gated_residual": num_layers + 1,
         "linear_gelu": num_layers,
         "gelu_tanh": 1,
         "modulated_layer_norm": 1,
@@ -74,7 +74,7 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
     num_float8 = 6 * 4 + 2 * 2
     in_float8 = calls_of("dit_ltx2_0", fp8_blocks={1})
     assert in_float8["fp8_linear"] == num_float8
-    assert in_float8["modulated_rms_norm_quantised"] == 4 and in_float8["gated_residual_norm_quantised"] == 6
+    assert in_float8["modulated_rms_norm_quantised"] == 2 and in_float8["gated_residual_norm_quantised"] == 8
     assert in_float8["gelu_quantised"] == 2
     # Beside the weights: what attention gives to its output projection, and the two texts.
     assert in_float8["quantise_rows"] == num_float8 + 6 + 2
