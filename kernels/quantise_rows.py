@@ -2,9 +2,10 @@
 
     scale = max|row| / 448, 1 for a row of zeros;   q = clamp(row / scale, -448, 448) rounded to e4m3
 
-x (..., D), contiguous, of float32, bfloat16 or float16. Peak, quotient and GELU are float32; a GELU is rounded to the
-dtype of x before it is scaled, so that both forms are the same numbers. x is read once and a byte a number is written:
-one program a row holds it in registers.
+x (..., D), contiguous, of float32, bfloat16 or float16. Peak, quotient (a product with 1 / scale) and GELU are
+float32; a GELU is rounded to the dtype of x before it is scaled, so that both forms are the same numbers. Rows of
+nothing above 1e-30 count as zeros, since 1 / scale would be infinite soon below. x is read once and a byte a number is
+written: one program a row holds it in registers.
 
 Defined by `kernels.reference.quantise_rows` and `gelu_quantised`, whose shape suffixes are used.
 """
@@ -24,7 +25,7 @@ def scaled_row(values):
     """One row in registers, zero where it is masked, to float8 numbers and their scale."""
     row = values.to(tl.float32)
     peak = tl.max(tl.abs(row), axis=0)
-    scale = tl.where(peak > 0.0, peak / 448.0, 1.0)
+    scale = tl.where(peak > 1e-30, peak / 448.0, 1.0)
     row = row * (1.0 / scale)
     return tl.minimum(tl.maximum(row, -448.0), 448.0).to(tl.float8e4nv), scale
 

@@ -54,13 +54,14 @@ def assert_same_rows(got: ScaledRows, expected: ScaledRows) -> None:
     The interpreter rounds float8 wrongly below a power of two (126 becomes 64): there, most must be near.
     """
     assert got.dtype == expected.dtype and got.values_BTD.dtype == torch.float8_e4m3fn
-    torch.testing.assert_close(got.scale_BT1, expected.scale_BT1, rtol=BOUND[torch.bfloat16], atol=0)
+    # A sum and its norm are rounded one after the other.
+    torch.testing.assert_close(got.scale_BT1, expected.scale_BT1, rtol=2 * BOUND[torch.bfloat16], atol=0)
     back, wanted = (rows.values_BTD.float() * rows.scale_BT1 for rows in (got, expected))
     if ROUNDS:
         assert relative_error(back, wanted) <= FLOAT8_BOUND
     else:
         near = (back - wanted).abs() <= 2**-2 * wanted.abs() + 2**-7 * expected.scale_BT1
-        assert near.float().mean() >= 0.5
+        assert near.float().mean() >= 0.9
 
 
 def table(shape: tuple[int, int, int], num_rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -155,6 +156,16 @@ def test_quantised_rows_are_their_reference(shape, dtype, device):
     got = kernel("quantise_rows", "quantise_rows")(x)
     assert_same_rows(ScaledRows(*got, dtype), ScaledRows(*reference.quantise_rows(x), dtype))
     assert_same_rows(kernel("quantise_rows", "gelu_quantised")(x), reference.gelu_quantised(x))
+
+
+def test_rows_of_tiny_numbers_and_of_zeros_stay_finite(device):
+    x = torch.zeros(1, 3, 64, device=device)
+    x[0, 1, 5], x[0, 2, 5] = 1e-38, 1e-20
+    values, scale = kernel("quantise_rows", "quantise_rows")(x)
+    assert scale[0, :2].flatten().tolist() == [1.0, 1.0]
+    # Not quite zero in the interpreter, which makes 0.01 of numbers far below what float8 holds.
+    assert values[0, :2].float().abs().max() < 0.1
+    assert values[0, 2].float().nonzero().tolist() == [[5]] and values[0, 2, 5].float() == reference.FP8_MAX
 
 
 def test_what_does_not_lie_row_after_row_is_refused(device):
