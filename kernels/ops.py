@@ -96,7 +96,10 @@ def device_ops(device: str) -> OpSet:
 
 
 def fused_ops(device: str) -> OpSet:
-    """The fastest operations that a device of this kind has: our kernels on "cuda"; on "cpu" those of `device_ops`."""
+    """The fastest operations that a device of this kind has: our kernels on "cuda"; on "cpu" those of `device_ops`.
+
+    Kernels run on the current CUDA device, so that must be the one the tensors are on.
+    """
     if device.split(":")[0] != "cuda":
         return device_ops(device)
     # Triton comes with torch for CUDA only.
