@@ -6,11 +6,12 @@ What each slot computes, with shapes and dtypes, is defined by the function of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from kernels import reference, scaled_mm
+from kernels import linear_gelu, reference, scaled_mm
+from kernels.rows import Modulation, ScaledRows
 
 # Shape suffixes are those of kernels.reference.
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -22,8 +23,21 @@ RmsNormFn = Callable[[Tensor, float], Tensor]
 ModulatedNormFn = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 """(x_BTD, scale_BND, shift_BND, index_BT or None, eps) -> BTD"""
 
-GatedResidualFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(x_BTD, branch_BTD, gate_BND, index_BT or None) -> BTD"""
+ModulatedNormQuantisedFn = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], ScaledRows]
+"""(x_BTD, scale_BND, shift_BND, index_BT or None, eps) -> rows of BTD"""
+
+GatedResidualFn = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""(x_BTD, branch_BTD, gate_BND or None, index_BT or None) -> BTD"""
+
+GatedResidualNormFn = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, Modulation | None, float], tuple[Tensor, Tensor]
+]
+"""(x_BTD, branch_BTD, gate_BND or None, gate's index_BT or None, modulation or None, eps) -> BTD and its norm, BTD"""
+
+GatedResidualNormQuantisedFn = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, Modulation | None, float], tuple[Tensor, ScaledRows]
+]
+"""As `GatedResidualNormFn` -> BTD and rows of its norm"""
 
 QkNormRopeFn = Callable[[Tensor, Tensor, "tuple[Tensor, Tensor] | None", int, float], Tensor]
 """(x_BTD, weight_D, (cos_BHTP, sin_BHTP) or None, num_heads, eps) -> BHTK"""
@@ -34,8 +48,14 @@ GateHeadsFn = Callable[[Tensor, Tensor], Tensor]
 QuantiseRowsFn = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x_MD -> (float8 MD, scale_M1)"""
 
-Fp8LinearFn = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-"""(x_BTD, float8 weight_ND, weight_scale_N1, bias_N or None) -> BTN"""
+GeluQuantisedFn = Callable[[Tensor], ScaledRows]
+"""x_BTD -> rows of BTD"""
+
+Fp8LinearFn = Callable[[ScaledRows, Tensor, Tensor, "Tensor | None"], Tensor]
+"""(rows of BTD, float8 weight_ND, weight_scale_N1, bias_N or None) -> BTN"""
+
+LinearGeluFn = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""(x_BTD, weight_ND, bias_N or None) -> BTN"""
 
 ActivationFn = Callable[[Tensor], Tensor]
 """Any shape, element by element."""
@@ -48,31 +68,24 @@ class OpSet:
     attention: AttentionFn
     rms_norm: RmsNormFn
     modulated_rms_norm: ModulatedNormFn
+    modulated_rms_norm_quantised: ModulatedNormQuantisedFn
     modulated_layer_norm: ModulatedNormFn
     gated_residual: GatedResidualFn
+    gated_residual_norm: GatedResidualNormFn
+    gated_residual_norm_quantised: GatedResidualNormQuantisedFn
     qk_norm_rope: QkNormRopeFn
     qk_norm_rope_interleaved: QkNormRopeFn
     gate_heads: GateHeadsFn
     gelu_tanh: ActivationFn
+    gelu_quantised: GeluQuantisedFn
+    linear_gelu: LinearGeluFn
     quantise_rows: QuantiseRowsFn
     fp8_linear: Fp8LinearFn
 
 
 def reference_ops() -> OpSet:
     """The plain torch operations: run anywhere, and define what is right."""
-    return OpSet(
-        attention=reference.attention,
-        rms_norm=reference.rms_norm,
-        modulated_rms_norm=reference.modulated_rms_norm,
-        modulated_layer_norm=reference.modulated_layer_norm,
-        gated_residual=reference.gated_residual,
-        qk_norm_rope=reference.qk_norm_rope,
-        qk_norm_rope_interleaved=reference.qk_norm_rope_interleaved,
-        gate_heads=reference.gate_heads,
-        gelu_tanh=reference.gelu_tanh,
-        quantise_rows=reference.quantise_rows,
-        fp8_linear=reference.fp8_linear,
-    )
+    return OpSet(**{field.name: getattr(reference, field.name) for field in fields(OpSet)})
 
 
 def device_ops(device: str) -> OpSet:
@@ -80,3 +93,29 @@ def device_ops(device: str) -> OpSet:
     if device.split(":")[0] == "cuda":
         return replace(reference_ops(), fp8_linear=scaled_mm.fp8_linear)
     return reference_ops()
+
+
+def fused_ops(device: str) -> OpSet:
+    """The fastest operations that a device of this kind has: our kernels on "cuda"; on "cpu" those of `device_ops`.
+
+    Kernels run on the current CUDA device, so that must be the one the tensors are on.
+    """
+    if device.split(":")[0] != "cuda":
+        return device_ops(device)
+    # Triton comes with torch for CUDA only.
+    from kernels import gated_residual_norm, modulated_rms_norm, qk_norm_rope, quantise_rows
+
+    return replace(
+        device_ops(device),
+        rms_norm=modulated_rms_norm.rms_norm,
+        modulated_rms_norm=modulated_rms_norm.modulated_rms_norm,
+        modulated_rms_norm_quantised=modulated_rms_norm.modulated_rms_norm_quantised,
+        gated_residual=gated_residual_norm.gated_residual,
+        gated_residual_norm=gated_residual_norm.gated_residual_norm,
+        gated_residual_norm_quantised=gated_residual_norm.gated_residual_norm_quantised,
+        qk_norm_rope=qk_norm_rope.qk_norm_rope,
+        qk_norm_rope_interleaved=qk_norm_rope.qk_norm_rope_interleaved,
+        gelu_quantised=quantise_rows.gelu_quantised,
+        linear_gelu=linear_gelu.linear_gelu,
+        quantise_rows=quantise_rows.quantise_rows,
+    )

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.rows import Modulation, ScaledRows
+
 FP8_MAX = 448.0
 """Largest number of float8 e4m3."""
 
@@ -45,6 +47,13 @@ def modulated_rms_norm(
     return torch.addcmul(shift, _rms_normalised(x_BTD, eps), 1 + scale).to(x_BTD.dtype)
 
 
+def modulated_rms_norm_quantised(
+    x_BTD: Tensor, scale_BND: Tensor, shift_BND: Tensor, index_BT: Tensor | None, eps: float
+) -> ScaledRows:
+    """quantise_rows(modulated_rms_norm(...))."""
+    return _scaled(modulated_rms_norm(x_BTD, scale_BND, shift_BND, index_BT, eps))
+
+
 def modulated_layer_norm(
     x_BTD: Tensor, scale_BND: Tensor, shift_BND: Tensor, index_BT: Tensor | None, eps: float
 ) -> Tensor:
@@ -55,10 +64,39 @@ def modulated_layer_norm(
     return torch.addcmul(shift, normalised, 1 + scale).to(x_BTD.dtype)
 
 
-def gated_residual(x_BTD: Tensor, branch_BTD: Tensor, gate_BND: Tensor, index_BT: Tensor | None) -> Tensor:
-    """x + branch * gate, (B, T, D); rows of the gate are chosen as in `modulated_rms_norm`."""
+def gated_residual(x_BTD: Tensor, branch_BTD: Tensor, gate_BND: Tensor | None, index_BT: Tensor | None) -> Tensor:
+    """x + branch * gate, (B, T, D); rows of the gate are chosen as in `modulated_rms_norm`. Without a gate it is 1."""
+    if gate_BND is None:
+        return x_BTD + branch_BTD
     gate = rows_of_tokens(gate_BND, index_BT).float()
     return (branch_BTD * gate).add_(x_BTD).to(x_BTD.dtype)
+
+
+def gated_residual_norm(
+    x_BTD: Tensor,
+    branch_BTD: Tensor,
+    gate_BND: Tensor | None,
+    gate_index_BT: Tensor | None,
+    modulation: Modulation | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x' = gated_residual(...) and the norm of x' with this modulation, or plain without one, (B, T, D) each."""
+    x_BTD = gated_residual(x_BTD, branch_BTD, gate_BND, gate_index_BT)
+    y_BTD = rms_norm(x_BTD, eps) if modulation is None else modulated_rms_norm(x_BTD, *modulation, eps)
+    return x_BTD, y_BTD
+
+
+def gated_residual_norm_quantised(
+    x_BTD: Tensor,
+    branch_BTD: Tensor,
+    gate_BND: Tensor | None,
+    gate_index_BT: Tensor | None,
+    modulation: Modulation | None,
+    eps: float,
+) -> tuple[Tensor, ScaledRows]:
+    """`gated_residual_norm`, the normed tensor as float8 rows."""
+    x_BTD, y_BTD = gated_residual_norm(x_BTD, branch_BTD, gate_BND, gate_index_BT, modulation, eps)
+    return x_BTD, _scaled(y_BTD)
 
 
 def qk_norm_rope(
@@ -98,8 +136,18 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
+def gelu_quantised(x_BTD: Tensor) -> ScaledRows:
+    """quantise_rows(gelu_tanh(x))."""
+    return _scaled(gelu_tanh(x_BTD))
+
+
+def linear_gelu(x_BTD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+    """gelu_tanh(x W^T + bias), (B, T, N)."""
+    return gelu_tanh(functional.linear(x_BTD, weight_ND, bias_N))
+
+
 def quantise_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """x as float8 e4m3, (M, D), and one float32 scale a row, (M, 1): x is about fp8 * scale.
+    """x as float8 e4m3, (M, D) or any (..., D), and one float32 scale a row, (M, 1): x is about fp8 * scale.
 
     scale = max|row| / 448, so the largest value of a row becomes the largest of the format; 1 for a row of zeros.
     """
@@ -108,16 +156,15 @@ def quantise_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
     return (x_MD.float() / scale_M1).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale_M1
 
 
-def fp8_linear(x_BTD: Tensor, weight_ND: Tensor, weight_scale_N1: Tensor, bias_N: Tensor | None) -> Tensor:
-    """x W^T + bias over float8 values, (B, T, N), in the dtype of x: W = weight * weight_scale, rows of x scaled too.
+def fp8_linear(rows: ScaledRows, weight_ND: Tensor, weight_scale_N1: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x W^T + bias over float8 values, (B, T, N), in the dtype that the rows stand for: W = weight * weight_scale.
 
     Both factors are exact in float32 and so is the sum of their products, up to its own rounding.
     """
-    quantised_MD, scale_M1 = quantise_rows(x_BTD.flatten(0, -2))
-    y_MN = quantised_MD.float() @ weight_ND.float().t() * scale_M1 * weight_scale_N1.t()
+    y_BTN = rows.values_BTD.float() @ weight_ND.float().t() * rows.scale_BT1 * weight_scale_N1.t()
     if bias_N is not None:
-        y_MN = y_MN + bias_N.float()
-    return y_MN.to(x_BTD.dtype).unflatten(0, x_BTD.shape[:-1])
+        y_BTN = y_BTN + bias_N.float()
+    return y_BTN.to(rows.dtype)
 
 
 def rows_of_tokens(rows_BND: Tensor, index_BT: Tensor | None) -> Tensor:
@@ -126,6 +173,10 @@ def rows_of_tokens(rows_BND: Tensor, index_BT: Tensor | None) -> Tensor:
         return rows_BND
     sample_B1 = torch.arange(index_BT.shape[0], device=index_BT.device)[:, None]
     return rows_BND[sample_B1, index_BT]
+
+
+def _scaled(x_BTD: Tensor) -> ScaledRows:
+    return ScaledRows(*quantise_rows(x_BTD), x_BTD.dtype)
 
 
 def _rms_normalised(x_BTD: Tensor, eps: float) -> Tensor:

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.telemetry": set(),
     "pipeline.config": {"pipeline.errors"},
     "pipeline.records": {"pipeline.errors", "pipeline.geometry"},
-    "pipeline.model": {"kernels.ops", "pipeline.geometry", "pipeline.errors"},
+    "pipeline.model": {"kernels.ops", "kernels.rows", "pipeline.geometry", "pipeline.errors"},
     "pipeline.media": {"pipeline.errors", "pipeline.geometry"},
     "pipeline.storage": {"pipeline.errors", "pipeline.records"},
     "pipeline.cost": {"pipeline.errors", "pipeline.config", "pipeline.records"},
@@ -118,6 +118,7 @@ FUNCTION_IMPORTS = {
     "pipeline.assembly.driver_side": "the worker factory and the Ray pool: torch loads in workers, ray when asked for",
     "pipeline.storage.clients": "the session of the S3 client: that loads only where there is a bucket",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
+    "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton",
     "jobs.bench": "the writer of random weights: torch loads only when there is something to write",
 }
 
@@ -212,7 +213,9 @@ def test_files_functions_and_argument_lists_stay_small(module: str) -> None:
             assert length <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
             names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             count = len([name for name in names if name not in ("self", "cls")])
-            assert count <= MAX_ARGUMENTS, f"{module}.{node.name} takes {count} arguments"
+            # A GPU is handed addresses and numbers one by one: it knows no records.
+            on_gpu = any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+            assert on_gpu or count <= MAX_ARGUMENTS, f"{module}.{node.name} takes {count} arguments"
 
 
 @pytest.mark.parametrize("module", MODULES)

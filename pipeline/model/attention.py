@@ -7,15 +7,25 @@ Shape suffixes: B batch, T query tokens, S key tokens, D channels, H heads, K ch
 
 from __future__ import annotations
 
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet
+from kernels.rows import ScaledRows
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.rope import RotaryTable
 
 # Which samples of a batch go without something: none (False), all (True), or those marked in a bool (B,).
 Skipped = bool | Tensor
+
+
+class KeysValues(NamedTuple):
+    """What queries meet, ready for the slot: (B, H, S, K) each."""
+
+    k_BHSK: Tensor
+    v_BHSK: Tensor
 
 
 class HeadNorm(nn.Module):
@@ -43,14 +53,22 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(inner_dim)
         self.k_norm = HeadNorm(inner_dim)
         self.to_gate_logits = nn.Linear(query_dim, self.num_heads) if hparams.gated_attention else None
+        # If all projections are float8 layers, whoever makes them so says it here.
+        self.in_float8 = False
         self.attend = ops.attention
+        self.quantise_rows = ops.quantise_rows
         self.qk_norm_rope = ops.qk_norm_rope_interleaved if hparams.rotary.interleaved else ops.qk_norm_rope
         self.gate_heads = ops.gate_heads
 
+    @property
+    def reads_rows(self) -> bool:
+        """If inputs may come as float8 rows, because nothing reads them but float8 layers."""
+        return self.in_float8 and self.to_gate_logits is None
+
     def forward(
         self,
-        x_BTD: Tensor,
-        context_BSD: Tensor,
+        x: Tensor | ScaledRows,
+        context: Tensor | ScaledRows | KeysValues,
         *,
         bias: Tensor | None = None,
         rotary: RotaryTable | None = None,
@@ -58,29 +76,42 @@ class Attention(nn.Module):
         values_only: Skipped = False,
         input_only: Skipped = False,
     ) -> Tensor:
-        """What each token of x takes from the context, (B, T, D of x).
+        """What each token of x (B, T, D) takes from the context (B, S, D), (B, T, D of x).
 
         `bias` is additive and broadcasts to (B, H, T, S). In place of attention, samples in `values_only` pass their
-        value projection on (so S must be T) and those in `input_only` x itself (so its width must be the heads'); both
-        still go through the gate and the output projection.
+        value projection on (so S must be T) and those in `input_only` x itself (so its width must be the heads', and it
+        must be a tensor); both still go through the gate and the output projection.
         """
         if input_only is True:
-            return self._project_out(x_BTD, x_BTD)
-        v_BSD = self.to_v(context_BSD)
+            return self._project_out(cast(Tensor, x), x)
+        rows = self._rows(x)
+        given = rows if context is x else context
         if values_only is True:
-            return self._project_out(v_BSD, x_BTD)
-        q_BHTK = self.qk_norm_rope(self.to_q(x_BTD), self.q_norm.weight, rotary, self.num_heads, self.norm_eps)
-        k_BHSK = self.qk_norm_rope(
-            self.to_k(context_BSD), self.k_norm.weight, key_rotary, self.num_heads, self.norm_eps
-        )
-        v_BHSK = v_BSD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            return self._project_out(self.to_v(given), x)
+        k_BHSK, v_BHSK = given if isinstance(given, KeysValues) else self.keys_values(given, key_rotary)
+        q_BHTK = self.qk_norm_rope(self.to_q(rows), self.q_norm.weight, rotary, self.num_heads, self.norm_eps)
         mixed_BTD = self.attend(q_BHTK, k_BHSK, v_BHSK, bias).transpose(1, 2).flatten(2)
-        mixed_BTD = where_skipped(values_only, v_BSD, mixed_BTD)
-        return self._project_out(where_skipped(input_only, x_BTD, mixed_BTD), x_BTD)
+        if values_only is not False:
+            mixed_BTD = where_skipped(values_only, v_BHSK.transpose(1, 2).flatten(2), mixed_BTD)
+        if input_only is not False:
+            mixed_BTD = where_skipped(input_only, cast(Tensor, x), mixed_BTD)
+        return self._project_out(mixed_BTD, x)
 
-    def _project_out(self, mixed_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+    def keys_values(self, context: Tensor | ScaledRows, rotary: RotaryTable | None = None) -> KeysValues:
+        """Of a context (B, S, D)."""
+        rows = self._rows(context)
+        k_BHSK = self.qk_norm_rope(self.to_k(rows), self.k_norm.weight, rotary, self.num_heads, self.norm_eps)
+        return KeysValues(k_BHSK, self.to_v(rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+
+    def _rows(self, x: Tensor | ScaledRows) -> Tensor | ScaledRows:
+        """Quantised here, once, what several float8 layers are to read."""
+        if self.in_float8 and isinstance(x, Tensor):
+            return ScaledRows(*self.quantise_rows(x), x.dtype)
+        return x
+
+    def _project_out(self, mixed_BTD: Tensor, x: Tensor | ScaledRows) -> Tensor:
         if self.to_gate_logits is not None:
-            mixed_BTD = self.gate_heads(mixed_BTD, self.to_gate_logits(x_BTD))
+            mixed_BTD = self.gate_heads(mixed_BTD, self.to_gate_logits(x))
         return self.to_out(mixed_BTD)
 
 

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet
-from pipeline.model.attention import Attention, Skipped, where_skipped
+from kernels.rows import Modulation, ScaledRows
+from pipeline.model.attention import Attention, KeysValues, Skipped, where_skipped
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
-from pipeline.model.modulation import ExchangeModulation, StreamModulation
-from pipeline.model.streams import Perturbation, SkipStrategy, StreamConditioning
+from pipeline.model.lane import INLINE, Lane
+from pipeline.model.modulation import ExchangeModulation
+from pipeline.model.state import Branch, StreamState, normed, settled
+from pipeline.model.streams import Perturbation, SkipStrategy
 
 FEED_FORWARD_FACTOR = 4
-
-
-@dataclass(frozen=True, eq=False)
-class StreamState:
-    """A stream on its way through the blocks: its tokens, and what all blocks of the step are given for it."""
-
-    x_BTD: Tensor
-    conditioning: StreamConditioning
-    modulation: StreamModulation
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +68,23 @@ class FeedForward(nn.Module):
         super().__init__()
         self.widen = nn.Linear(width, FEED_FORWARD_FACTOR * width, bias=bias)
         self.narrow = nn.Linear(FEED_FORWARD_FACTOR * width, width, bias=bias)
-        self.activation = ops.gelu_tanh
+        # If both are float8 layers, whoever makes them so says it here.
+        self.in_float8 = False
+        self.linear_gelu = ops.linear_gelu
+        self.gelu_quantised = ops.gelu_quantised
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.narrow(self.activation(self.widen(x_BTD)))
+    def forward(self, x: Tensor | ScaledRows) -> Tensor:
+        if self.in_float8:
+            return self.narrow(self.gelu_quantised(self.widen(x)))
+        return self.narrow(self.linear_gelu(cast(Tensor, x), self.widen.weight, self.widen.bias))
 
 
 class StreamLayers(nn.Module):
-    """One stream's own layers in a block."""
+    """One stream's own layers in the block with index `layer`."""
 
-    def __init__(self, stream: StreamHparams, hparams: DenoiserHparams, ops: OpSet) -> None:
+    def __init__(self, layer: int, stream: StreamHparams, hparams: DenoiserHparams, ops: OpSet) -> None:
         super().__init__()
+        self.layer = layer
         self.ops = ops
         self.norm_eps = hparams.norm_eps
         self.text_query_norm = hparams.text_query_norm
@@ -97,44 +98,52 @@ class StreamLayers(nn.Module):
 
     def attend(self, state: StreamState, values_only: Skipped, input_only: Skipped) -> StreamState:
         """Self-attention, then text attention, each added to the tokens."""
-        given, index_BT = state.conditioning, state.modulation.index_BT
-        shift_BKD, scale_BKD, gate_BKD = self._rows(state, 0)
-        y_BTD = self.ops.modulated_rms_norm(state.x_BTD, scale_BKD, shift_BKD, index_BT, self.norm_eps)
+        given = state.conditioning
+        modulation, gate_BKD = self._rows(state, 0)
+        # Samples that keep their input need it as it is.
+        as_rows = self.self_attention.reads_rows and input_only is False
+        state, y = normed(state, modulation, self.norm_eps, self.ops, as_rows=as_rows)
         y_BTD = self.self_attention(
-            y_BTD,
-            y_BTD,
+            y,
+            y,
             bias=given.self_bias,
             rotary=given.rotary,
             key_rotary=given.rotary,
             values_only=values_only,
             input_only=input_only,
         )
-        x_BTD = self.ops.gated_residual(state.x_BTD, y_BTD, gate_BKD, index_BT)
-        return replace(state, x_BTD=self._attend_to_text(replace(state, x_BTD=x_BTD)))
+        return self._attend_to_text(replace(state, branch=Branch(y_BTD, gate_BKD, modulation.index_BT)))
 
-    def _attend_to_text(self, state: StreamState) -> Tensor:
-        x_BTD, given, modulation = state.x_BTD, state.conditioning, state.modulation
-        if self.text_table is None or modulation.text_rows_B12D is None:
-            y_BTD = self.ops.rms_norm(x_BTD, self.norm_eps) if self.text_query_norm else x_BTD
-            return x_BTD + self.text_attention(y_BTD, given.text_BSD, bias=given.text_bias)
-        shift_BKD, scale_BKD, gate_BKD = self._rows(state, 6)
-        text_shift_B1D, text_scale_B1D = (self.text_table + modulation.text_rows_B12D).unbind(dim=2)
-        text_BSD = torch.addcmul(text_shift_B1D, given.text_BSD, 1 + text_scale_B1D)
-        y_BTD = self.ops.modulated_rms_norm(x_BTD, scale_BKD, shift_BKD, modulation.index_BT, self.norm_eps)
-        y_BTD = self.text_attention(y_BTD, text_BSD, bias=given.text_bias)
-        return self.ops.gated_residual(x_BTD, y_BTD, gate_BKD, modulation.index_BT)
+    def _attend_to_text(self, state: StreamState) -> StreamState:
+        given = state.conditioning
+        modulation, gate_BKD, text_rows_B12D = None, None, state.modulation.text_rows_B12D
+        context: Tensor | KeysValues = given.text_BSD
+        if self.text_table is not None and text_rows_B12D is not None:
+            modulation, gate_BKD = self._rows(state, 6)
+            text_shift_B1D, text_scale_B1D = (self.text_table + text_rows_B12D).unbind(dim=2)
+            context = torch.addcmul(text_shift_B1D, given.text_BSD, 1 + text_scale_B1D)
+        elif given.text_keys_values is not None:
+            context = given.text_keys_values[self.layer]
+        if self.text_query_norm or modulation is not None:
+            as_rows = self.text_attention.reads_rows
+            state, y = normed(state, modulation, self.norm_eps, self.ops, as_rows=as_rows)
+        else:
+            state = settled(state, self.ops)
+            y = state.x_BTD
+        y_BTD = self.text_attention(y, context, bias=given.text_bias)
+        return replace(state, branch=Branch(y_BTD, gate_BKD, None if modulation is None else modulation.index_BT))
 
-    def _rows(self, state: StreamState, first: int) -> tuple[Tensor, ...]:
-        """Shift, scale and gate, (B, K, D) each."""
+    def _rows(self, state: StreamState, first: int) -> tuple[Modulation, Tensor]:
+        """What modulates a norm, and the gate of what comes of it, (B, K, D)."""
         rows_BK3D = self.table[first : first + 3] + state.modulation.rows_BKRD[:, :, first : first + 3]
-        return rows_BK3D.unbind(dim=2)
+        shift_BKD, scale_BKD, gate_BKD = rows_BK3D.unbind(dim=2)
+        return Modulation(scale_BKD, shift_BKD, state.modulation.index_BT), gate_BKD
 
     def transform(self, state: StreamState) -> StreamState:
         """Feed-forward, added to the tokens."""
-        index_BT = state.modulation.index_BT
-        shift_BKD, scale_BKD, gate_BKD = self._rows(state, 3)
-        y_BTD = self.ops.modulated_rms_norm(state.x_BTD, scale_BKD, shift_BKD, index_BT, self.norm_eps)
-        return replace(state, x_BTD=self.ops.gated_residual(state.x_BTD, self.feed_forward(y_BTD), gate_BKD, index_BT))
+        modulation, gate_BKD = self._rows(state, 3)
+        state, y = normed(state, modulation, self.norm_eps, self.ops, as_rows=self.feed_forward.in_float8)
+        return replace(state, branch=Branch(self.feed_forward(y), gate_BKD, modulation.index_BT))
 
 
 class Exchange(nn.Module):
@@ -152,63 +161,79 @@ class Exchange(nn.Module):
         self.video_table = nn.Parameter(torch.zeros(5, video.width))
         self.audio_table = nn.Parameter(torch.zeros(5, audio.width))
 
-    def forward(self, video: StreamState, audio: StreamState, skipped: Skipped) -> tuple[StreamState, StreamState]:
+    def forward(
+        self, video: StreamState, audio: StreamState, skipped: Skipped, audio_lane: Lane = INLINE
+    ) -> tuple[StreamState, StreamState]:
         """Both directions read the streams as they were before either was updated. Skipped samples stay as they are."""
-        video_a2v, video_v2a = self._inputs(video, self.video_table)
-        audio_a2v, audio_v2a = self._inputs(audio, self.audio_table)
         video_rotary, audio_rotary = video.conditioning.exchange_rotary, audio.conditioning.exchange_rotary
+        video, video_a2v, video_v2a = self._inputs(video, self.video_table)
+        with audio_lane.work():
+            audio, audio_a2v, audio_v2a = self._inputs(audio, self.audio_table)
+        audio_lane.swap(audio_a2v, video_v2a)
         to_video_BTD = self.video_from_audio(video_a2v, audio_a2v, rotary=video_rotary, key_rotary=audio_rotary)
-        to_audio_BTD = self.audio_from_video(audio_v2a, video_v2a, rotary=audio_rotary, key_rotary=video_rotary)
-        return (
-            self._take(video, to_video_BTD, self.video_table, skipped),
-            self._take(audio, to_audio_BTD, self.audio_table, skipped),
-        )
+        video = self._take(video, to_video_BTD, self.video_table, skipped)
+        with audio_lane.work():
+            to_audio_BTD = self.audio_from_video(audio_v2a, video_v2a, rotary=audio_rotary, key_rotary=video_rotary)
+            audio = self._take(audio, to_audio_BTD, self.audio_table, skipped)
+        return video, audio
 
-    def _inputs(self, state: StreamState, table_5D: Tensor) -> tuple[Tensor, Tensor]:
-        """What a stream brings to each direction, (B, T, D)."""
+    def _inputs(
+        self, state: StreamState, table_5D: Tensor
+    ) -> tuple[StreamState, Tensor | ScaledRows, Tensor | ScaledRows]:
+        """The settled stream, and what it brings to each direction, (B, T, D)."""
         exchange = _exchange_modulation(state)
         a2v_scale_BKD, a2v_shift_BKD, v2a_scale_BKD, v2a_shift_BKD = (table_5D[:4] + exchange.rows_BK4D).unbind(dim=2)
-        norm, index_BT = self.ops.modulated_rms_norm, exchange.rows_index_BT
-        return (
-            norm(state.x_BTD, a2v_scale_BKD, a2v_shift_BKD, index_BT, self.norm_eps),
-            norm(state.x_BTD, v2a_scale_BKD, v2a_shift_BKD, index_BT, self.norm_eps),
-        )
+        a2v = Modulation(a2v_scale_BKD, a2v_shift_BKD, exchange.rows_index_BT)
+        v2a = Modulation(v2a_scale_BKD, v2a_shift_BKD, exchange.rows_index_BT)
+        state, y_a2v = normed(state, a2v, self.norm_eps, self.ops, as_rows=self.video_from_audio.reads_rows)
+        state, y_v2a = normed(state, v2a, self.norm_eps, self.ops, as_rows=self.audio_from_video.reads_rows)
+        return state, y_a2v, y_v2a
 
     def _take(self, state: StreamState, taken_BTD: Tensor, table_5D: Tensor, skipped: Skipped) -> StreamState:
         exchange = _exchange_modulation(state)
         gate_BKD = table_5D[4] + exchange.gate_BKD
-        x_BTD = self.ops.gated_residual(state.x_BTD, taken_BTD, gate_BKD, exchange.gate_index_BT)
-        return replace(state, x_BTD=where_skipped(skipped, state.x_BTD, x_BTD))
+        taken = replace(state, branch=Branch(taken_BTD, gate_BKD, exchange.gate_index_BT))
+        if skipped is False:
+            return taken
+        return replace(state, x_BTD=where_skipped(skipped, state.x_BTD, settled(taken, self.ops).x_BTD))
 
 
 class AudioVideoBlock(nn.Module):
-    """One layer of the denoiser. Without audio in the hyper-parameters it has video layers only."""
+    """The layer of the denoiser with index `layer`. Without audio in the hyper-parameters it has video layers only."""
 
-    def __init__(self, hparams: DenoiserHparams, ops: OpSet) -> None:
+    def __init__(self, layer: int, hparams: DenoiserHparams, ops: OpSet) -> None:
         super().__init__()
         audio = hparams.audio
-        self.video = StreamLayers(hparams.video, hparams, ops)
-        self.audio = None if audio is None else StreamLayers(audio, hparams, ops)
+        self.video = StreamLayers(layer, hparams.video, hparams, ops)
+        self.audio = None if audio is None else StreamLayers(layer, audio, hparams, ops)
         self.exchange = None if audio is None else Exchange(audio, hparams, ops)
 
     def forward(
-        self, video: StreamState | None, audio: StreamState | None, skips: BlockSkips = NO_SKIPS
+        self,
+        video: StreamState | None,
+        audio: StreamState | None,
+        skips: BlockSkips = NO_SKIPS,
+        audio_lane: Lane = INLINE,
     ) -> tuple[StreamState | None, StreamState | None]:
-        """The streams with their tokens updated; one that is None stays None."""
+        """The streams updated, up to their last branch, audio in its lane; one that is None stays None."""
         if skips.everything is True:
             return video, audio
         video_before = video
         if video is not None:
             video = self.video.attend(video, skips.video_values_only, skips.video_input_only)
         if audio is not None and self.audio is not None:
-            audio = self.audio.attend(audio, skips.audio_values_only, False)
+            with audio_lane.work():
+                audio = self.audio.attend(audio, skips.audio_values_only, False)
         if video is not None and audio is not None and self.exchange is not None and skips.exchange is not True:
-            video, audio = self.exchange(video, audio, skips.exchange)
+            video, audio = self.exchange(video, audio, skips.exchange, audio_lane)
         if video is not None and video_before is not None:
             video = self.video.transform(video)
-            video = replace(video, x_BTD=where_skipped(skips.everything, video_before.x_BTD, video.x_BTD))
+            if skips.everything is not False:
+                before, after = settled(video_before, self.video.ops), settled(video, self.video.ops)
+                video = replace(after, x_BTD=where_skipped(skips.everything, before.x_BTD, after.x_BTD))
         if audio is not None and self.audio is not None:
-            audio = self.audio.transform(audio)
+            with audio_lane.work():
+                audio = self.audio.transform(audio)
         return video, audio
 
 

@@ -9,15 +9,18 @@ K distinct timesteps of a sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet
-from pipeline.model.block import NO_SKIPS, AudioVideoBlock, StreamState, num_rows, skips_of_block
+from pipeline.model.block import NO_SKIPS, AudioVideoBlock, StreamLayers, num_rows, skips_of_block
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
+from pipeline.model.lane import INLINE, Lane
 from pipeline.model.modulation import ExchangeModulation, StreamModulation, TimestepModulation
 from pipeline.model.rope import rotary_table
+from pipeline.model.state import StreamState, settled
 from pipeline.model.streams import (
     Conditioning,
     DistinctTimesteps,
@@ -49,7 +52,7 @@ class StreamEnds(nn.Module):
         super().__init__()
         self.stream = stream
         self.hparams = hparams
-        self.modulated_layer_norm = ops.modulated_layer_norm
+        self.ops = ops
         self.embed = nn.Linear(stream.in_channels, stream.width)
         self.text_projection = (
             None if hparams.text_channels is None else TextProjection(hparams.text_channels, stream.width, ops)
@@ -64,8 +67,8 @@ class StreamEnds(nn.Module):
         self.head_table = nn.Parameter(torch.zeros(2, stream.width))
         self.head = nn.Linear(stream.width, stream.out_channels)
 
-    def prepare(self, given: TokenStream) -> StreamConditioning:
-        """What of the stream's conditioning outlasts a step."""
+    def prepare(self, given: TokenStream, layers: Sequence[StreamLayers]) -> StreamConditioning:
+        """What of the stream's conditioning outlasts a step; `layers` are the stream's own of each block."""
         dtype = self.embed.weight.dtype
         exchange_rotary = None
         if self.hparams.audio is not None:
@@ -74,8 +77,14 @@ class StreamEnds(nn.Module):
             time_BA2 = given.positions_BAT2[:, :1]
             exchange_rotary = rotary_table(time_BA2, (seconds,), audio.num_heads, audio.width, self.hparams.rotary)
         stream, text_BSD = self.stream, given.text_BSD.to(dtype)
+        if self.text_projection is not None:
+            text_BSD = self.text_projection(text_BSD)
+        text_keys_values = None
+        if not self.hparams.text_modulation:
+            text_keys_values = tuple(layer.text_attention.keys_values(text_BSD) for layer in layers)
         return StreamConditioning(
-            text_BSD=text_BSD if self.text_projection is None else self.text_projection(text_BSD),
+            text_BSD=text_BSD,
+            text_keys_values=text_keys_values,
             text_bias=text_bias(given.text_mask_BS, dtype, self.hparams.hidden_text_bias),
             self_bias=attention_bias(given.attention_mask_BTT, dtype),
             rotary=rotary_table(
@@ -114,7 +123,7 @@ class StreamEnds(nn.Module):
         """Velocity, (B, T, C)."""
         shift_BKD, scale_BKD = (self.head_table + modulation.embedded_BKD[:, :, None]).unbind(dim=2)
         return self.head(
-            self.modulated_layer_norm(x_BTD, scale_BKD, shift_BKD, modulation.index_BT, self.hparams.norm_eps)
+            self.ops.modulated_layer_norm(x_BTD, scale_BKD, shift_BKD, modulation.index_BT, self.hparams.norm_eps)
         )
 
 
@@ -130,17 +139,21 @@ class AudioVideoDenoiser(nn.Module):
         self.hparams = hparams
         self.video = StreamEnds(hparams.video, hparams, ops)
         self.audio = None if hparams.audio is None else StreamEnds(hparams.audio, hparams, ops)
-        self.blocks = nn.ModuleList(AudioVideoBlock(hparams, ops) for _ in range(hparams.num_layers))
+        self._audio_lane = INLINE
+        self.blocks = nn.ModuleList(AudioVideoBlock(layer, hparams, ops) for layer in range(hparams.num_layers))
 
     def prepare(self, video: TokenStream | None, audio: TokenStream | None) -> Conditioning:
-        """Text projections, masks and rotary tables: all that does not depend on tokens, timesteps or noise levels.
+        """Text projections, keys and values of text, masks and rotary tables: all that does not depend on tokens,
+        timesteps or noise levels.
 
-        Valid for every call whose streams have the same text, masks and positions.
+        Valid for every call whose streams have the same text, masks and positions, until weights change.
         """
         self._require_streams_fit(video, audio)
+        video_layers = cast(list[StreamLayers], [block.video for block in self.blocks])
+        audio_layers = cast(list[StreamLayers], [block.audio for block in self.blocks])
         return Conditioning(
-            video=None if video is None else self.video.prepare(video),
-            audio=None if audio is None or self.audio is None else self.audio.prepare(audio),
+            video=None if video is None else self.video.prepare(video, video_layers),
+            audio=None if audio is None or self.audio is None else self.audio.prepare(audio, audio_layers),
         )
 
     def forward(
@@ -161,14 +174,26 @@ class AudioVideoDenoiser(nn.Module):
         if perturbations is not None:
             _require_fitting(perturbations, video, audio)
 
+        # Skips are made and dropped block by block on the caller's side, so then audio stays there too.
+        lane = self._audio_lane if video is not None and perturbations is None else INLINE
+        lane.follow()
         video_state = _enter(self.video, video, audio, conditioning.video)
-        audio_state = _enter(self.audio, audio, video, conditioning.audio)
+        with lane.work():
+            audio_state = _enter(self.audio, audio, video, conditioning.audio)
         for index, block in enumerate(self.blocks):
             skips = NO_SKIPS
             if perturbations is not None:
                 skips = skips_of_block(perturbations, index, self.video.embed.weight.device)
-            video_state, audio_state = block(video_state, audio_state, skips)
-        return _leave(self.video, video_state), _leave(self.audio, audio_state)
+            video_state, audio_state = block(video_state, audio_state, skips, lane)
+        video_BTC = _leave(self.video, video_state)
+        with lane.work():
+            audio_BTC = _leave(self.audio, audio_state)
+        lane.join()
+        return video_BTC, audio_BTC
+
+    def overlap_audio(self, stream: torch.cuda.Stream | None) -> None:
+        """Queue the audio stream's work on `stream`, beside the video's; None: in turns with it."""
+        self._audio_lane = Lane(stream)
 
     def _require_streams_fit(self, video: TokenStream | None, audio: TokenStream | None) -> None:
         if video is None and audio is None:
@@ -191,7 +216,10 @@ def _enter(
 
 
 def _leave(ends: StreamEnds | None, state: StreamState | None) -> Tensor | None:
-    return None if ends is None or state is None else ends.project_out(state.x_BTD, state.modulation)
+    """Velocities of a stream after the last block; None for a stream not given."""
+    if ends is None or state is None:
+        return None
+    return ends.project_out(settled(state, ends.ops).x_BTD, state.modulation)
 
 
 def _require_fitting(

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet
+from kernels.rows import ScaledRows
+from pipeline.model.attention import Attention
+from pipeline.model.block import FeedForward
 from pipeline.model.denoiser import AudioVideoDenoiser
 
 # What the hardware multiplies: both sizes of a weight must be multiples of it.
@@ -43,10 +46,12 @@ class Fp8Linear(nn.Module):
         self.weight = nn.Parameter(weight_ND, requires_grad=False)
         self.weight_scale = scale.float().expand(weight_ND.shape[0], 1).contiguous()
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ScaledRows) -> Tensor:
+        """(B, T, D) to (B, T, N)."""
         if self.weight_scale is None:
             raise RuntimeError("the weight of a float8 layer must be set before it is used")
-        return self.ops.fp8_linear(x_BTD, self.weight, self.weight_scale, self.bias)
+        rows = ScaledRows(*self.ops.quantise_rows(x), x.dtype) if isinstance(x, Tensor) else x
+        return self.ops.fp8_linear(rows, self.weight, self.weight_scale, self.bias)
 
 
 def use_fp8(denoiser: AudioVideoDenoiser, blocks: Container[int], ops: OpSet) -> None:
@@ -59,3 +64,7 @@ def use_fp8(denoiser: AudioVideoDenoiser, blocks: Container[int], ops: OpSet) ->
             fits = isinstance(layer, nn.Linear) and not any(size % SIZE_MULTIPLE for size in layer.weight.shape)
             if fits and not name.endswith("to_gate_logits"):
                 block.set_submodule(name, Fp8Linear(layer, ops))
+        for module in block.modules() if index in blocks else ():
+            if isinstance(module, Attention | FeedForward):
+                plain = [name for name, layer in module.named_children() if isinstance(layer, nn.Linear)]
+                module.in_float8 = set(plain) <= {"to_gate_logits"}

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.model.attention import KeysValues
 from pipeline.model.rope import RotaryTable
 
 
@@ -88,11 +89,13 @@ class TokenStream:
 class StreamConditioning:
     """What one stream's blocks are given that does not change from step to step.
 
-    `text_BSD` has the stream's width. The biases are additive, broadcast to (B, heads, queries, keys), and
+    `text_BSD` has the stream's width; `text_keys_values` are those of each block's text attention, None where they
+    depend on the noise level. The biases are additive, broadcast to (B, heads, queries, keys), and
     None where everything is seen. The rotary table of the exchange knows time only, which the streams have in common.
     """
 
     text_BSD: Tensor
+    text_keys_values: tuple[KeysValues, ...] | None
     text_bias: Tensor | None
     self_bias: Tensor | None
     rotary: RotaryTable

@@ -97,7 +97,7 @@ def our_step(tiny: bool, device: str) -> Bind:
     return bind
 
 
-def their_step(tiny: bool, device: str) -> Bind:
+def their_step(tiny: bool, device: str, *, compiled: bool = False) -> Bind:
     from diffusers import LTX2VideoTransformer3DModel
 
     section = transformer_section(tiny)
@@ -114,6 +114,8 @@ def their_step(tiny: bool, device: str) -> Bind:
             rope_type="split",
         )
     model = randomise(model.to(torch.bfloat16), device)
+    if compiled:
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def bind(shape: Shape) -> Step:
         given, (frames, height, width, audio) = inputs(shape, device), shape

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from kernels import scaled_mm
 from kernels.ops import device_ops, reference_ops
 from kernels.reference import FP8_MAX, fp8_linear, quantise_rows
+from kernels.rows import ScaledRows
 from pipeline.errors import CheckpointMismatch
 from pipeline.model.checkpoint import DENOISER_PREFIX, CheckpointFile, load_denoiser
 from pipeline.model.fp8 import Fp8Linear
@@ -42,6 +43,10 @@ def rewritten(scaled_file, tmp_path):
 
 def load(path, dtype=None, **precision):
     return load_denoiser(CheckpointFile(path), reference_ops(), "cpu", dtype, **precision)
+
+
+def rows_of(x):
+    return ScaledRows(*quantise_rows(x), x.dtype)
 
 
 def bits(tensor):
@@ -118,7 +123,7 @@ def test_rows_are_scaled_to_the_largest_number_and_rounded_by_half_a_step():
 def test_float8_product_is_that_of_the_rounded_numbers_and_near_the_exact_one():
     x, weight, bias = torch.randn(2, 5, 64), torch.randn(32, 64), torch.randn(32)
     scaled_weight = quantise_rows(weight)
-    got = fp8_linear(x, *scaled_weight, bias)
+    got = fp8_linear(rows_of(x), *scaled_weight, bias)
     assert got.shape == (2, 5, 32)
     rounded_x, rounded_weight = (q.double() * s for q, s in (quantise_rows(x.flatten(0, 1)), scaled_weight))
     expected = (rounded_x @ rounded_weight.T + bias).unflatten(0, (2, 5))
@@ -187,8 +192,10 @@ def test_operations_of_a_device_differ_only_where_it_has_units_for_them():
 
 
 def test_cuda_products_ask_for_bfloat16():
-    with pytest.raises(TypeError, match=r"must be torch\.bfloat16 for float8 products on CUDA, got torch\.float32"):
-        scaled_mm.fp8_linear(torch.zeros(1, 1, 16), *quantise_rows(torch.zeros(16, 16)), None)
+    with pytest.raises(
+        TypeError, match=r"must stand for torch\.bfloat16 for float8 products on CUDA, got torch\.float32"
+    ):
+        scaled_mm.fp8_linear(rows_of(torch.zeros(1, 1, 16)), *quantise_rows(torch.zeros(16, 16)), None)
 
 
 @pytest.mark.gpu
@@ -196,7 +203,7 @@ def test_cuda_products_ask_for_bfloat16():
 @pytest.mark.parametrize("num_tokens", [1, 7, 640])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_cuda_float8_product_is_the_reference(num_tokens, with_bias):
-    x = torch.randn(2, num_tokens, 256, dtype=torch.bfloat16, device="cuda")
+    x = rows_of(torch.randn(2, num_tokens, 256, dtype=torch.bfloat16, device="cuda"))
     weight, scale = quantise_rows(torch.randn(512, 256, device="cuda"))
     bias = torch.randn(512, dtype=torch.bfloat16, device="cuda") if with_bias else None
     got, expected = scaled_mm.fp8_linear(x, weight, scale, bias), fp8_linear(x, weight, scale, bias)

@@ -43,32 +43,64 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
     assert calls_of("dit_ltx2_0") == {
         "attention": 6 * num_layers,
         "qk_norm_rope": 12 * num_layers,
-        "rms_norm": 2 * num_layers,
-        "modulated_rms_norm": 8 * num_layers,
-        "gated_residual": 6 * num_layers,
-        "gelu_tanh": 2 * num_layers + 2,
+        "modulated_rms_norm": 2 * num_layers + 2,
+        "gated_residual_norm": 8 * num_layers - 2,
+        "gated_residual": 2,
+        "linear_gelu": 2 * num_layers,
+        "gelu_tanh": 2,
         "modulated_layer_norm": 2,
     }
     assert calls_of("dit_ltx2_3") == {
         "attention": 6 * num_layers,
         "qk_norm_rope": 12 * num_layers,
         "gate_heads": 6 * num_layers,
-        "modulated_rms_norm": 10 * num_layers,
-        "gated_residual": 8 * num_layers,
-        "gelu_tanh": 2 * num_layers,
+        "modulated_rms_norm": 2 * num_layers + 2,
+        "gated_residual_norm": 8 * num_layers - 2,
+        "gated_residual": 2,
+        "linear_gelu": 2 * num_layers,
         "modulated_layer_norm": 2,
     }
     assert calls_of("dit_ltxv_0_9_8_2b") == {
         "attention": 2 * num_layers,
         "qk_norm_rope_interleaved": 4 * num_layers,
-        "modulated_rms_norm": 2 * num_layers,
-        "gated_residual": 2 * num_layers,
-        "gelu_tanh": num_layers + 1,
+        "modulated_rms_norm": 1,
+        "gated_residual_norm": 2 * num_layers - 1,
+        "gated_residual": num_layers + 1,
+        "linear_gelu": num_layers,
+        "gelu_tanh": 1,
         "modulated_layer_norm": 1,
     }
     # Six attentions of four layers and two feed-forwards of two; in the second block only.
+    num_float8 = 6 * 4 + 2 * 2
     in_float8 = calls_of("dit_ltx2_0", fp8_blocks={1})
-    assert in_float8["quantise_rows"] == in_float8["fp8_linear"] == 6 * 4 + 2 * 2
+    assert in_float8["fp8_linear"] == num_float8
+    assert in_float8["modulated_rms_norm_quantised"] == 2 and in_float8["gated_residual_norm_quantised"] == 8
+    assert in_float8["gelu_quantised"] == 2
+    # Beside the weights: what attention gives to its output projection, and the two texts.
+    assert in_float8["quantise_rows"] == num_float8 + 6 + 2
+    gated = calls_of("dit_ltx2_3", fp8_blocks={1})
+    # Gates read their input as it is, so each attention quantises it itself: once if it attends to itself, else twice.
+    assert gated["gated_residual_norm_quantised"] == gated["gelu_quantised"] == 2
+    assert gated["quantise_rows"] == num_float8 + 6 + 2 + 4 * 2
+
+
+def test_keys_and_values_of_text_are_computed_once_where_no_noise_level_modulates_them(
+    fixtures: Path, golden: Golden
+) -> None:
+    for folder, streams, with_keys_values in (("dit_ltx2_0", 2, True), ("dit_ltx2_3", 2, False)):
+        denoiser = load_denoiser(CheckpointFile(fixtures / folder / "model.safetensors"), reference_ops(), "cpu")
+        case = golden(f"{folder}/case_t2v")
+        texts = [block.video.text_attention for block in denoiser.blocks]
+        texts += [block.audio.text_attention for block in denoiser.blocks]
+        calls: Counter[str] = Counter()
+        for attention in texts:
+            attention.to_k.register_forward_hook(lambda *_, calls=calls: calls.update(["to_k"]))
+        prepared = denoiser.prepare(case.video, case.audio)
+        assert (prepared.video.text_keys_values is not None) == with_keys_values
+        steps = [denoiser(case.video, case.audio, prepared) for _ in range(3)]
+        assert calls["to_k"] == streams * len(denoiser.blocks) * (1 if with_keys_values else 3)
+        for got, want in zip(steps[-1], denoiser(case.video, case.audio), strict=True):
+            assert torch.equal(got, want)
 
 
 def test_replacing_attend_is_enough_to_change_how_attention_runs(fixtures: Path, golden: Golden) -> None:

@@ -21,6 +21,7 @@ from pipeline.model import denoiser as denoiser_module
 from pipeline.model.block import Exchange, StreamLayers
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.hparams import RotaryHparams
+from pipeline.model.state import settled
 from pipeline.model.streams import Perturbation, text_bias
 
 # The bound that the right way meets with 6e-7. The smallest of these mistakes, a float64 grid for LTX-Video, costs
@@ -58,9 +59,9 @@ def with_rows(owner: type, table: str, order: list[int]) -> Callable[[AudioVideo
 def audio_reads_updated_video(denoiser: AudioVideoDenoiser, patch: pytest.MonkeyPatch) -> None:
     forward = Exchange.forward
 
-    def in_turn(self: Exchange, video: Any, audio: Any, skipped: Any) -> Any:
-        updated, _ = forward(self, video, audio, skipped)
-        return updated, forward(self, updated, audio, skipped)[1]
+    def in_turn(self: Exchange, video: Any, audio: Any, skipped: Any, audio_lane: Any) -> Any:
+        updated, _ = forward(self, video, audio, skipped, audio_lane)
+        return updated, forward(self, updated, audio, skipped, audio_lane)[1]
 
     patch.setattr(Exchange, "forward", in_turn)
 
@@ -95,7 +96,7 @@ def skips_the_residual(denoiser: AudioVideoDenoiser, patch: pytest.MonkeyPatch) 
     attend = StreamLayers.attend
 
     def without(self: Any, state: Any, values_only: Any, input_only: Any) -> Any:
-        attended = attend(self, state, False, input_only)
+        attended = settled(attend(self, state, False, input_only), self.ops)
         skipped = torch.zeros(4, dtype=torch.bool) if values_only is False else values_only
         return replace(attended, x_BTD=torch.where(skipped[:, None, None], state.x_BTD, attended.x_BTD))
 
@@ -153,7 +154,10 @@ MISTAKES = {
     "trap_09_head_by_the_embedding_after_its_silu": Mistake("dit_ltx2_0/t2v", change=head_shift_after_silu),
     "trap_09_timestep_not_multiplied": Mistake("dit_ltx2_0/t2v", hparams={"timestep_scale": 1.0}),
     "trap_10_linear_mask": Mistake("dit_ltx2_0/masked", change=mask_bias_of_diffusers),
-    "trap_11_exact_gelu": Mistake("dit_ltx2_0/t2v", ops={"gelu_tanh": functional.gelu}),
+    "trap_11_exact_gelu": Mistake(
+        "dit_ltx2_0/t2v", ops={"linear_gelu": lambda *layer: functional.gelu(functional.linear(*layer))}
+    ),
+    "trap_11_exact_gelu_in_the_text_projection": Mistake("dit_ltx2_0/t2v", ops={"gelu_tanh": functional.gelu}),
     "trap_11_bias_in_2_5": Mistake("dit_ltx2_5/t2v", change=bias_from_somewhere),
     "ltx_2_5_without_the_keyframe_marker": Mistake("dit_ltx2_5/t2v", change=no_marker),
     "trap_27_positions_in_the_middle": Mistake(

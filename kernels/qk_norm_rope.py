@@ -1,0 +1,124 @@
+"""Query or key norm over all heads together and the rotary embedding, in one pass.
+
+    y = x / sqrt(mean(x^2 over all D channels) + eps) * weight;   (a, b) -> (a cos - b sin, b cos + a sin)
+
+x (B, T, D = H * K), contiguous, of float32, bfloat16 or float16; weight (D,); cos and sin float32 (B or 1, H, T, K/2),
+contiguous, or None for the norm alone. a and b are the two halves of a head's channels, or (interleaved) its even and
+odd ones. Everything is float32 and rounded once, to the dtype of x. One program a token holds its row in registers.
+
+The result has the shape (B, H, T, K) but lies in memory as x does, token by token: rows are written as they were read,
+and attention, which gives its result the layout of the queries, needs no copy to put heads side by side again.
+
+Defined by `kernels.reference.qk_norm_rope` and `qk_norm_rope_interleaved`, whose shape suffixes are used.
+"""
+
+# ruff: noqa: ANN001, ANN202  (device code: its arguments are addresses and numbers, typed by the compiler)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.rows import num_warps_for, require_contiguous
+
+
+@triton.jit
+def _load_pairs(row, H: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
+                PAIRS: tl.constexpr):  # fmt: skip
+    """First and second number of each pair of a row, float32 (HEADS, PAIRS) each."""
+    head = tl.arange(0, HEADS)[:, None]
+    if INTERLEAVED:
+        # Neighbours are loaded together and parted in registers: a thread reads 16 bytes at once, not every other 2.
+        channel = tl.arange(0, 2 * PAIRS)[None, :]
+        whole = tl.load(row + head * (2 * P) + channel, mask=(head < H) & (channel < 2 * P), other=0.0)
+        a, b = tl.split(tl.reshape(whole.to(tl.float32), (HEADS, PAIRS, 2)))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = (head < H) & (pair < P)
+        a = tl.load(row + head * (2 * P) + pair, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(row + head * (2 * P) + P + pair, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store_pairs(row, a, b, H: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
+                 PAIRS: tl.constexpr):  # fmt: skip
+    head = tl.arange(0, HEADS)[:, None]
+    if INTERLEAVED:
+        channel = tl.arange(0, 2 * PAIRS)[None, :]
+        whole = tl.reshape(tl.join(a, b), (HEADS, 2 * PAIRS)).to(row.dtype.element_ty)
+        tl.store(row + head * (2 * P) + channel, whole, mask=(head < H) & (channel < 2 * P))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = (head < H) & (pair < P)
+        tl.store(row + head * (2 * P) + pair, a.to(row.dtype.element_ty), mask=mask)
+        tl.store(row + head * (2 * P) + P + pair, b.to(row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kernel(
+    x, weight, cos, sin, y, num_tokens, table_sample_stride, eps, H: tl.constexpr, P: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    token_row = tl.program_id(0).to(tl.int64)
+    row = token_row * (2 * H * P)
+    a, b = _load_pairs(x + row, H, P, INTERLEAVED, HEADS, PAIRS)
+    inverse = tl.rsqrt(tl.sum(tl.sum(a * a + b * b, axis=1), axis=0) / (2 * H * P) + eps)
+    weight_a, weight_b = _load_pairs(weight, H, P, INTERLEAVED, HEADS, PAIRS)
+    a = a * inverse * weight_a
+    b = b * inverse * weight_b
+    if cos is not None:
+        head = tl.arange(0, HEADS)[:, None]
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = (head < H) & (pair < P)
+        of_sample = (token_row // num_tokens) * table_sample_stride
+        at = of_sample + (head * num_tokens + token_row % num_tokens) * P + pair
+        c = tl.load(cos + at, mask=mask, other=0.0)
+        s = tl.load(sin + at, mask=mask, other=0.0)
+        a, b = a * c - b * s, b * c + a * s
+    _store_pairs(y + row, a, b, H, P, INTERLEAVED, HEADS, PAIRS)
+
+
+def qk_norm_rope(
+    x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
+) -> Tensor:
+    """`kernels.reference.qk_norm_rope` on a GPU, (B, H, T, K) as a view of (B, T, D). ValueError if a layout is off."""
+    return _launch(x_BTD, weight_D, rotary, num_heads, eps, interleaved=False)
+
+
+def qk_norm_rope_interleaved(
+    x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
+) -> Tensor:
+    """`kernels.reference.qk_norm_rope_interleaved`, otherwise as `qk_norm_rope`."""
+    return _launch(x_BTD, weight_D, rotary, num_heads, eps, interleaved=True)
+
+
+def _launch(
+    x_BTD: Tensor,
+    weight_D: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    num_heads: int,
+    eps: float,
+    *,
+    interleaved: bool,
+) -> Tensor:
+    require_contiguous("x_BTD", x_BTD)
+    num_samples, num_tokens, width = x_BTD.shape
+    num_pairs = width // num_heads // 2
+    cos, sin = (None, None) if rotary is None else rotary
+    sample_stride = 0
+    if cos is not None and sin is not None:
+        wanted = (num_heads, num_tokens, num_pairs)
+        if cos.shape[1:] != wanted or cos.shape[0] not in (1, num_samples) or not cos.is_contiguous():
+            raise ValueError(f"cos must be contiguous (1 or {num_samples}, *{wanted}), got {tuple(cos.shape)}")
+        if sin.shape != cos.shape or not sin.is_contiguous():
+            raise ValueError(f"sin must be laid out as cos, {tuple(cos.shape)}, got {tuple(sin.shape)}")
+        sample_stride = cos.stride(0) if cos.shape[0] > 1 else 0
+    y_BTD = torch.empty_like(x_BTD)
+    heads, pairs = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_pairs)
+    _kernel[(num_samples * num_tokens,)](
+        x_BTD, weight_D, cos, sin, y_BTD, num_tokens, sample_stride, eps, H=num_heads, P=num_pairs,
+        INTERLEAVED=interleaved, HEADS=heads, PAIRS=pairs, num_warps=num_warps_for(2 * heads * pairs),
+    )  # fmt: skip
+    return y_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)

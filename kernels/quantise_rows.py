@@ -1,0 +1,70 @@
+"""Rows as float8 e4m3 numbers with one scale each, of a tensor as it is or after a tanh GELU.
+
+    scale = max|row| / 448, 1 for a row of zeros;   q = clamp(row / scale, -448, 448) rounded to e4m3
+
+x (..., D), contiguous, of float32, bfloat16 or float16. Peak, quotient (a product with 1 / scale) and GELU are
+float32; a GELU is rounded to the dtype of x before it is scaled, so that both forms are the same numbers. Rows of
+nothing above 1e-30 count as zeros, since 1 / scale would be infinite soon below. x is read once and a byte a number is
+written: one program a row holds it in registers.
+
+Defined by `kernels.reference.quantise_rows` and `gelu_quantised`, whose shape suffixes are used.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202  (device code: its arguments are addresses and numbers, typed by the compiler)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.rows import ScaledRows, empty_rows, num_warps_for, require_contiguous
+
+
+@triton.jit
+def scaled_row(values):
+    """One row in registers, zero where it is masked, to float8 numbers and their scale."""
+    row = values.to(tl.float32)
+    peak = tl.max(tl.abs(row), axis=0)
+    scale = tl.where(peak > 1e-30, peak / 448.0, 1.0)
+    row = row * (1.0 / scale)
+    return tl.minimum(tl.maximum(row, -448.0), 448.0).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def _gelu_tanh(x):
+    # x/2 (1 + tanh(u)) is x sigmoid(2u), which Triton has.
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def _kernel(x, y, y_scale, D: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    mask = channel < D
+    values = tl.load(x + row * D + channel, mask=mask, other=0.0)
+    if GELU:
+        values = _gelu_tanh(values.to(tl.float32)).to(x.dtype.element_ty)
+    values, scale = scaled_row(values)
+    tl.store(y_scale + row, scale)
+    tl.store(y + row * D + channel, values, mask=mask)
+
+
+def quantise_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.reference.quantise_rows` on a GPU. ValueError if x is not contiguous."""
+    values_MD, scale_M1, _ = _launch(x_MD, gelu=False)
+    return values_MD, scale_M1
+
+
+def gelu_quantised(x_BTD: Tensor) -> ScaledRows:
+    """`kernels.reference.gelu_quantised` on a GPU. ValueError if x is not contiguous."""
+    return _launch(x_BTD, gelu=True)
+
+
+def _launch(x_BTD: Tensor, gelu: bool) -> ScaledRows:
+    require_contiguous("x_BTD", x_BTD)
+    rows, width = empty_rows(x_BTD), x_BTD.shape[-1]
+    block = triton.next_power_of_2(width)
+    _kernel[(x_BTD.numel() // width,)](
+        x_BTD, rows.values_BTD, rows.scale_BT1, D=width, GELU=gelu, BLOCK=block, num_warps=num_warps_for(block)
+    )
+    return rows

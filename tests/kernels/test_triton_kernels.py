@@ -1,0 +1,207 @@
+"""Every kernel computes what its reference does, at sizes that fit no block and in every dtype of a stream.
+
+Marked for a GPU too: `make test-gpu` compiles the kernels there, where a machine without one only interprets them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.rows import Modulation, ScaledRows
+
+pytestmark = pytest.mark.gpu
+
+EPS = 1e-6
+# Relative error of the whole result: same formula, other order of summation, so a rounding to the dtype may flip. The
+# interpreter cuts bfloat16 off where a GPU rounds it, which doubles what a rounding may cost.
+ROUNDS = torch.cuda.is_available()
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-8 if ROUNDS else 2**-7, torch.float16: 2**-11}
+FLOAT8_BOUND = 1e-2
+# (samples, tokens, channels): a single row; fewer channels than a warp has threads; no power of two; the model's own.
+SHAPES = [(1, 1, 16), (2, 5, 48), (1, 7, 320), (2, 3, 2048), (1, 3, 4096)]
+DTYPES = list(BOUND)
+# Distinct rows of a table: all tokens share one, or look theirs up.
+NUM_ROWS = [1, 3]
+
+Kernel = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_each_time() -> None:
+    torch.manual_seed(20261120)
+
+
+def kernel(module: str, name: str) -> Kernel:
+    return getattr(importlib.import_module(f"kernels.{module}"), name)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def assert_same_rows(got: ScaledRows, expected: ScaledRows) -> None:
+    """Scales to a rounding of the dtype; float8 numbers but for the few that fall on another side of a half.
+
+    The interpreter rounds float8 wrongly below a power of two (126 becomes 64): there, most must be near.
+    """
+    assert got.dtype == expected.dtype and got.values_BTD.dtype == torch.float8_e4m3fn
+    # A sum and its norm are rounded one after the other.
+    torch.testing.assert_close(got.scale_BT1, expected.scale_BT1, rtol=2 * BOUND[torch.bfloat16], atol=0)
+    back, wanted = (rows.values_BTD.float() * rows.scale_BT1 for rows in (got, expected))
+    if ROUNDS:
+        assert relative_error(back, wanted) <= FLOAT8_BOUND
+    else:
+        near = (back - wanted).abs() <= 2**-2 * wanted.abs() + 2**-7 * expected.scale_BT1
+        assert near.float().mean() >= 0.9
+
+
+def table(shape: tuple[int, int, int], num_rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Shift, scale and gate as the blocks make them: slices of one tensor."""
+    samples, _, width = shape
+    return list(torch.randn(samples, num_rows, 6, width, device=device).to(dtype)[:, :, :3].unbind(dim=2))
+
+
+def index_of(shape: tuple[int, int, int], num_rows: int, device: str) -> Tensor | None:
+    return None if num_rows == 1 else torch.randint(num_rows, shape[:2], device=device)
+
+
+def tokens(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Some channels a hundred times the others, as in a trained stream."""
+    x = torch.randn(shape, device=device)
+    return (x * torch.where(torch.rand(shape[-1], device=device) < 0.05, 100.0, 1.0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_modulated_rms_norm_is_its_reference(shape, num_rows, dtype, device):
+    x, index = tokens(shape, dtype, device), index_of(shape, num_rows, device)
+    shift, scale, _ = table(shape, num_rows, dtype, device)
+    got = kernel("modulated_rms_norm", "modulated_rms_norm")(x, scale, shift, index, EPS)
+    assert relative_error(got, reference.modulated_rms_norm(x, scale, shift, index, EPS)) <= BOUND[dtype]
+    assert relative_error(kernel("modulated_rms_norm", "rms_norm")(x, EPS), reference.rms_norm(x, EPS)) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_modulated_rms_norm_quantised_is_its_reference(shape, num_rows, device):
+    x, index = tokens(shape, torch.bfloat16, device), index_of(shape, num_rows, device)
+    shift, scale, _ = table(shape, num_rows, torch.bfloat16, device)
+    got = kernel("modulated_rms_norm", "modulated_rms_norm_quantised")(x, scale, shift, index, EPS)
+    assert_same_rows(got, reference.modulated_rms_norm_quantised(x, scale, shift, index, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gated_residual_norm_is_its_reference(shape, num_rows, dtype, device):
+    x, branch = (tokens(shape, dtype, device) for _ in range(2))
+    index = index_of(shape, num_rows, device)
+    shift, scale, gate = table(shape, num_rows, dtype, device)
+    fused = kernel("gated_residual_norm", "gated_residual_norm")
+    gated = kernel("gated_residual_norm", "gated_residual")
+    for given in (gate, None):
+        at = None if given is None else index
+        wanted = reference.gated_residual(x, branch, given, at)
+        assert relative_error(gated(x, branch, given, at), wanted) <= BOUND[dtype]
+        for modulation in (Modulation(scale, shift, index), None):
+            got = fused(x, branch, given, at, modulation, EPS)
+            expected = reference.gated_residual_norm(x, branch, given, at, modulation, EPS)
+            for ours, theirs in zip(got, expected, strict=True):
+                assert relative_error(ours, theirs) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gated_residual_norm_quantised_is_its_reference(shape, num_rows, device):
+    x, branch = (tokens(shape, torch.bfloat16, device) for _ in range(2))
+    index = index_of(shape, num_rows, device)
+    shift, scale, gate = table(shape, num_rows, torch.bfloat16, device)
+    given = (x, branch, gate, index, Modulation(scale, shift, index), EPS)
+    got_x, got = kernel("gated_residual_norm", "gated_residual_norm_quantised")(*given)
+    expected_x, expected = reference.gated_residual_norm_quantised(*given)
+    assert relative_error(got_x, expected_x) <= BOUND[torch.bfloat16]
+    assert_same_rows(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["qk_norm_rope", "qk_norm_rope_interleaved"])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 16), (3, 10), (2, 64), (32, 64), (32, 128)])
+def test_qk_norm_rope_is_its_reference(num_heads, head_dim, name, dtype, device):
+    x = tokens((2, 5, num_heads * head_dim), dtype, device)
+    weight = torch.randn(num_heads * head_dim, device=device).to(dtype)
+    for samples in (1, 2):
+        angle = 100 * torch.randn(samples, num_heads, 5, head_dim // 2, device=device)
+        for rotary in ((angle.cos(), angle.sin()), None):
+            got = kernel("qk_norm_rope", name)(x, weight, rotary, num_heads, EPS)
+            expected = getattr(reference, name)(x, weight, rotary, num_heads, EPS)
+            assert relative_error(got, expected) <= BOUND[dtype]
+            assert got.transpose(1, 2).is_contiguous(), "heads must lie side by side"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 16384)], ids=str)
+def test_quantised_rows_are_their_reference(shape, dtype, device):
+    x = tokens(shape, dtype, device)
+    x[0, 0] = 0
+    got = kernel("quantise_rows", "quantise_rows")(x)
+    assert_same_rows(ScaledRows(*got, dtype), ScaledRows(*reference.quantise_rows(x), dtype))
+    assert_same_rows(kernel("quantise_rows", "gelu_quantised")(x), reference.gelu_quantised(x))
+
+
+def test_rows_of_tiny_numbers_and_of_zeros_stay_finite(device):
+    x = torch.zeros(1, 3, 64, device=device)
+    x[0, 1, 5], x[0, 2, 5] = 1e-38, 1e-20
+    values, scale = kernel("quantise_rows", "quantise_rows")(x)
+    assert scale[0, :2].flatten().tolist() == [1.0, 1.0]
+    # Not quite zero in the interpreter, which makes 0.01 of numbers far below what float8 holds.
+    assert values[0, :2].float().abs().max() < 0.1
+    assert values[0, 2].float().nonzero().tolist() == [[5]] and values[0, 2, 5].float() == reference.FP8_MAX
+
+
+def test_what_does_not_lie_row_after_row_is_refused(device):
+    x, row = torch.randn(1, 8, 16, device=device).transpose(1, 2), torch.randn(1, 1, 8, device=device)
+    refusal = r"x_BTD must be contiguous, got shape \(1, 16, 8\) of strides \(128, 1, 16\)"
+    for module, name, arguments in (
+        ("modulated_rms_norm", "modulated_rms_norm", (row, row, None, EPS)),
+        ("gated_residual_norm", "gated_residual", (x, row, None)),
+        ("qk_norm_rope", "qk_norm_rope", (row[0, 0], None, 2, EPS)),
+        ("quantise_rows", "gelu_quantised", ()),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            kernel(module, name)(x, *arguments)
+
+
+def test_rows_of_another_width_or_number_are_refused(device):
+    x = torch.randn(2, 8, 16, device=device)
+    norm = kernel("modulated_rms_norm", "modulated_rms_norm")
+    for wrong, rule in (
+        ((2, 1, 8), r"rows must be \(1 or 2, N, 16\), got \(2, 1, 8\)"),
+        ((3, 1, 16), r"rows must be \(1 or 2, N, 16\), got \(3, 1, 16\)"),
+        ((1, 4, 16), r"rows must be one a sample when there is no index, got 4"),
+    ):
+        rows = torch.randn(wrong, device=device)
+        with pytest.raises(ValueError, match=rule):
+            norm(x, rows, rows, None, EPS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; run make test-gpu on a machine with one")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 7, 640])
+def test_linear_gelu_is_its_reference(num_tokens, with_bias, dtype):
+    x = torch.randn(2, num_tokens, 256, device="cuda").to(dtype)
+    weight = (torch.randn(512, 256, device="cuda") / 16).to(dtype)
+    bias = torch.randn(512, device="cuda").to(dtype) if with_bias else None
+    got = kernel("linear_gelu", "linear_gelu")(x, weight, bias)
+    # The reference rounds once more, before the GELU.
+    assert relative_error(got, reference.linear_gelu(x, weight, bias)) <= max(BOUND[dtype], 1e-5)
