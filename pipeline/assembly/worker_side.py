@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.ops import device_ops
+from kernels.ops import device_ops, fused_ops
 from pipeline.assembly.brief import WorkerBrief
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
@@ -32,7 +32,10 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     store = open_store(job.output, answer_timeout_s=timeout_s, is_exclusive=brief.is_exclusive)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
     budget = MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.demands) if device == "cuda" else None
-    engine = load_engine(model, job.precision, device=device, ops=device_ops(device), budget=budget)
+    ops = (fused_ops if job.precision.kernels == "fused" else device_ops)(device)
+    engine = load_engine(model, job.precision, device=device, ops=ops, budget=budget)
+    if device == "cuda" and job.model.size.has_audio:
+        engine.denoiser.overlap_audio(torch.cuda.Stream())
     return ClipWorker(
         engine=engine,
         store=store,

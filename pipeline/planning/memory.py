@@ -38,15 +38,19 @@ def demands(
 def _demand(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize, element_bytes: int) -> dict[str, int]:
     rendered, scale = request.shape.rendered, element_bytes / 2
     sizes = recipe.stage_sizes(rendered.height, rendered.width)
-    tokens = 0
+    tokens, max_samples = 0, 0
     for stage, (height, width) in zip(recipe.stages, sizes, strict=True):
         shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
         samples = stage.samples_of_a_call(has_audio=size.has_audio)
+        max_samples = max(max_samples, samples)
         tokens = max(tokens, samples * (shape.num_video_tokens + shape.num_audio_latents))
     pixels = sizes[-1][0] * sizes[-1][1]
+    # Keys and values of the text in every layer, kept for all steps.
+    width = size.video_width + size.audio_width
+    text_bytes = max_samples * size.num_layers * 2 * size.text_tokens * width * element_bytes
     return {
         "text_encode": round(TEXT_BYTES * scale),
-        "denoise": round(DENOISE_BYTES_PER_TOKEN_AND_CHANNEL * tokens * size.video_width * scale),
+        "denoise": round(DENOISE_BYTES_PER_TOKEN_AND_CHANNEL * tokens * size.video_width * scale) + text_bytes,
         "upsample": round(UPSAMPLE_BYTES_PER_PIXEL * rendered.num_frames * pixels * scale),
         "decode": round((DECODE_BYTES_AT_LEAST + DECODE_BYTES_PER_PIXEL_OF_A_FRAME * pixels) * scale),
     }

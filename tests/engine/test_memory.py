@@ -24,6 +24,7 @@ REST = Part("rest", 4 * GB, frozenset(PHASES), can_wait=False)
 LTX2 = (TEXT, DENOISER, DECODER, REST)
 
 
+TEXT_KEYS_AND_VALUES = 48 * 2 * 1024 * (4096 + 2048) * 2
 RECIPE = RecipeConfig("one", stages=[StageConfig(sigmas=[1.0, 0.0])])
 
 
@@ -41,7 +42,7 @@ def test_activations_are_what_was_measured() -> None:
     """facts/performance.md: 1.95 GB above the denoiser's weights; tests/bench/results/decode.jsonl: at most 3.54 GB and
     1.68 GB with the decoder's weights, and more is planned."""
     large, small = needed(1920, 1088), needed(768, 512)
-    assert large["denoise"] == pytest.approx(1.95e9, rel=0.05)
+    assert large["denoise"] - TEXT_KEYS_AND_VALUES == pytest.approx(1.95e9, rel=0.05)
     assert 3.54e9 < large["decode"] < 2 * 3.54e9 and 1.68e9 < small["decode"] < 2 * 1.68e9
 
 
@@ -65,7 +66,7 @@ def test_on_a_small_card_parts_take_turns() -> None:
 
 def test_what_can_never_fit_says_which_phase_and_how_much() -> None:
     with pytest.raises(
-        OutOfMemory, match=r"denoise needs 52\.\d GB of device memory .* got 48\.0 GB; render a smaller"
+        OutOfMemory, match=r"denoise needs 53\.\d GB of device memory .* got 48\.0 GB; render a smaller"
     ):
         plan_memory(LTX2, needed(3840, 2176), 48 * GB)
 

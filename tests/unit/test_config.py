@@ -51,7 +51,7 @@ def refused(*arguments: str) -> str:
         ("limit=-1", "limit must be 0 or more, got -1"),
         ("budget_usd=nan", "budget_usd must be a number of dollars"),
         ("parallel.num_gpus=4", "parallel.num_gpus must be 1, got 4"),
-        ("precision.kernels=fused", "fused kernels do not exist yet"),
+        ("precision.kernels=fastest", "precision.kernels must be fused or reference"),
         ("cluster.device=tpu", "cluster.device must be auto, cpu or cuda, got 'tpu'"),
         ("pricing.gpu.observed_at=may", "observed_at must be a date, got 'may'"),
         ("ids=a", "ids must be a list like [a,b], got 'a'"),
