@@ -7,8 +7,8 @@ file and makes no HTML (`page.py` does). Money is Decimal and is never rounded b
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -79,7 +79,9 @@ class RunSummary:
 
 def summarise(results: Iterable[Row], ledger: Sequence[Row], run: Row) -> RunSummary:
     """Count a run. `run` is the dict of run.json; results and ledger may still be growing. Reads `results` once."""
-    tally = ResultsTally()
+    attempts = {(row["id"], row.get("attempt")) for row in ledger if row.get("id")}
+    num_attempts = Counter(id_ for id_, _ in attempts)
+    tally = ResultsTally(run["run_id"], {id_ for id_, num in num_attempts.items() if num > 1})
     for row in results:
         tally.add(row)
     worker_s = math.fsum(row["gpu_seconds"] for row in ledger)
@@ -105,7 +107,7 @@ def summarise(results: Iterable[Row], ledger: Sequence[Row], run: Row) -> RunSum
 
 def cost_table(tally: ResultsTally, ledger: Sequence[Row]) -> CostTable:
     """The ledger summed by state, purpose and tag, and its price per unit of what was rendered."""
-    lost = lost_attempts(tally.failed_ids, ledger)
+    lost = lost_attempts(tally, ledger)
     by_purpose = _spend((purpose_of(row, lost), row) for row in ledger)
     direct = sum((spend.cost_usd for spend in by_purpose if spend.name == "direct"), Decimal(0))
     total = (_spend(("total", row) for row in ledger) or [Spend(name="total")])[0]
@@ -124,14 +126,14 @@ def cost_table(tally: ResultsTally, ledger: Sequence[Row]) -> CostTable:
     )
 
 
-def lost_attempts(failed_ids: Container[str], ledger: Sequence[Row]) -> set[tuple[str, int | None]]:
-    """The (id, attempt) pairs that gave no clip: they failed, another came after them, or their row failed."""
+def lost_attempts(tally: ResultsTally, ledger: Sequence[Row]) -> set[tuple[str, int | None]]:
+    """The (id, attempt) pairs that gave no clip: they failed, or another was first; in doubt the last one counts."""
     attempts = {(row["id"], row.get("attempt")) for row in ledger if row.get("id")}
     last: dict[str, int] = {}
     for id_, attempt in attempts:
         last[id_] = max(last.get(id_, 0), attempt or 0)
-    failed = {(row["id"], row.get("attempt")) for row in ledger if row.get("id") and row["state"] == "failed"}
-    return failed | {(id_, attempt) for id_, attempt in attempts if id_ in failed_ids or (attempt or 0) < last[id_]}
+    winners = last | tally.winning_attempts
+    return {(id_, attempt) for id_, attempt in attempts if id_ in tally.clipless_ids or attempt != winners[id_]}
 
 
 def purpose_of(entry: Row, lost: set[tuple[str, int | None]]) -> str:
@@ -142,7 +144,7 @@ def purpose_of(entry: Row, lost: set[tuple[str, int | None]]) -> str:
         return "waste" if (entry["id"], entry.get("attempt")) in lost else "direct"
     if entry["state"] in IDLE_STATES:
         return "idle"
-    return "waste" if entry["state"] == "failed" else "unknown"
+    return "unknown"
 
 
 def as_text(summary: RunSummary) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from statistics import median
@@ -75,11 +75,15 @@ class EstimateCheck:
 
 
 class ResultsTally:
-    """What was seen of the rows so far."""
+    """What was seen of the rows of run `run_id` so far. `contested_ids` had several attempts."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_id: str, contested_ids: Container[str] = ()) -> None:
+        self._run_id = run_id
+        self._contested_ids = contested_ids
         self.statuses: Counter[str] = Counter()
-        self.failed_ids: set[str] = set()
+        # Rows to which no attempt of this run gave a clip, and of contested rows the attempt that did.
+        self.clipless_ids: set[str] = set()
+        self.winning_attempts: dict[str, int] = {}
         # Id -> "name=value" of each tag, of the rows that a ledger can name.
         self.tags: dict[str, tuple[str, ...]] = {}
         self._same_tags: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -96,10 +100,14 @@ class ResultsTally:
         self.statuses[status] += 1
         if status in ("rejected", "failed"):
             self._add_error(row)
-        if status == "failed":
-            self.failed_ids.add(row["id"])
+        if status in ("failed", "not_started") and row.get("attempts"):
+            self.clipless_ids.add(row["id"])
         if status == "rendered":
             self._add_rendered(row)
+            if row.get("rendered_by_run") not in (None, self._run_id):
+                self.clipless_ids.add(row["id"])
+            elif row["id"] in self._contested_ids:
+                self.winning_attempts[row["id"]] = row["attempts"]
         if status not in ("skipped", "rejected") and row.get("tags"):
             tags = tuple(f"{name}={value}" for name, value in dict(row["tags"]).items())
             self.tags[row["id"]] = self._same_tags.setdefault(tags, tags)

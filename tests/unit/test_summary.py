@@ -20,7 +20,7 @@ RUN: Row = {
 
 
 def result(id_: str, status: str = "rendered", **facts: Any) -> Row:
-    row: Row = {"id": id_, "status": status, "error_class": None, "error_message": None, "tags": {}}
+    row: Row = {"id": id_, "status": status, "error_class": None, "error_message": None, "tags": {}, "attempts": 1}
     if status in ("rendered", "skipped"):
         row |= {"width": 1000, "height": 500, "num_frames": 24, "duration_s": 1.0, "denoise_s": 4.0, "cost_usd": 0.1}
     return row | facts
@@ -135,8 +135,19 @@ def test_attempts_that_gave_no_clip_are_waste_with_all_their_time() -> None:
         entry("denoise", 5.0, "retried", 2, usd="16"),
         entry("denoise", 5.0, "given up", 1, usd="32"),
     ]
-    rows = [result("retried"), result("lost"), result("given up", "failed")]
+    rows = [result("retried", attempts=2), result("lost", attempts=2), result("given up", "failed")]
     assert cost_by_purpose(rows, ledger) == {"direct": 24, "waste": 39}
+
+
+def test_of_two_attempts_in_a_race_the_one_that_lost_is_waste_whichever_came_first() -> None:
+    ledger = [entry("denoise", 5.0, "raced", 1, usd="1"), entry("denoise", 5.0, "raced", 2, usd="2")]
+    assert cost_by_purpose([result("raced", attempts=1)], ledger) == {"direct": 1, "waste": 2}
+    assert cost_by_purpose([result("raced", attempts=2)], ledger) == {"direct": 2, "waste": 1}
+
+
+def test_a_clip_that_another_run_committed_first_is_waste_of_this_one() -> None:
+    ledger = [entry("denoise", 5.0, "adopted", 1, usd="1")]
+    assert cost_by_purpose([result("adopted", rendered_by_run="another")], ledger) == {"waste": 1}
 
 
 def test_unit_costs_are_of_rendered_clips_direct_and_in_all() -> None:
