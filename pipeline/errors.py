@@ -43,6 +43,10 @@ class OutOfMemory(PipelineError):
     """The work did not fit the memory of its worker."""
 
 
+class DeviceBroken(PipelineError):
+    """The device of a worker gives no results any more; only a new process may help, so the worker ends."""
+
+
 class StorageUnavailable(PipelineError):
     """The store refused or lost a write and may accept it later."""
 

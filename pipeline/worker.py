@@ -13,16 +13,21 @@ import resource
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cluster.assignment import Assignment
+import numpy as np
+
+from pipeline.attempt import Attempt
+from pipeline.cluster.assignment import Assignment, signs_of_life
 from pipeline.config.recipe import RecipeConfig, resolve
 from pipeline.cost.meter import Meter
-from pipeline.errors import EngineFault, InvalidRequest, PipelineError, UsageError, fault_of
+from pipeline.errors import Cancelled, DeviceBroken, EngineFault, InvalidRequest, PipelineError, UsageError, fault_of
 from pipeline.media.frame_buffer import FrameBuffer
 from pipeline.media.mux import EncodeReport, EncodeSettings, write_clip
 from pipeline.media.probe import ClipFacts, check_clip, probe_clip
@@ -64,61 +69,6 @@ class ClipRecipe:
     thumbnail_quality: int
 
 
-@dataclass
-class _Attempt:
-    """The clocks of one attempt: seconds of each state of the device, and of the host's part."""
-
-    assignment: Assignment
-    meter: Meter
-    now_ns: Callable[[], int]
-    stem: Path
-    started_ns: int
-    # Bears with a store that is away, and shows signs of life meanwhile.
-    store: AssetStore
-    state: str = ""
-    since_ns: int = 0
-    spent_ns: dict[str, int] = field(default_factory=dict)
-    peak_gpu_bytes: int | None = None
-
-    @property
-    def item(self) -> WorkItem:
-        return self.assignment.item
-
-    def enter(self, state: str) -> None:
-        """The device begins `state`. Raises Cancelled if the attempt was called off."""
-        self.assignment.beat(state)
-        self._book(state)
-        self.meter.enter(state, id=self.item.request.id, attempt=self.item.attempt)
-
-    def leave_device(self) -> None:
-        self._book("")
-        self.meter.enter("idle")
-
-    def enter_host(self, state: str) -> None:
-        self.assignment.beat(state)
-        self.meter.enter_host(state, id=self.item.request.id, attempt=self.item.attempt)
-
-    def _book(self, state: str) -> None:
-        now_ns = self.now_ns()
-        if self.state:
-            self.spent_ns[self.state] = self.spent_ns.get(self.state, 0) + now_ns - self.since_ns
-        self.state, self.since_ns = state, now_ns
-
-    def timings(self, encode_busy_s: float, upload_s: float) -> Timings:
-        """Seconds so far; the device is done."""
-        seconds = {state: spent / NS_PER_S for state, spent in self.spent_ns.items()}
-        return Timings(
-            queued_s=(self.started_ns - self.item.queued_ns) / NS_PER_S,
-            text_encode_s=seconds.get("text_encode", 0.0),
-            denoise_s=seconds.get("denoise", 0.0),
-            upsample_s=seconds.get("upsample", 0.0),
-            decode_s=seconds.get("decode", 0.0),
-            encode_s=encode_busy_s,
-            upload_s=upload_s,
-            wall_s=(self.now_ns() - self.started_ns) / NS_PER_S,
-        )
-
-
 @dataclass(frozen=True)
 class ClipWorker:
     """A ready worker: an engine that holds its model, a store, a meter. Executes one item at a time."""
@@ -149,7 +99,7 @@ class ClipWorker:
         store did."""
         item = assignment.item
         stem = self.scratch / f"{item.key[:12]}.{item.attempt}"
-        attempt = _Attempt(assignment, self.meter, self.now_ns, stem, self.now_ns(), self._patient_store(assignment))
+        attempt = Attempt(assignment, self.meter, self.now_ns, stem, self.now_ns(), self._patient_store(assignment))
         buffer = FrameBuffer(MAX_BUFFERED_BYTES)
         has_finisher = False
         try:
@@ -162,9 +112,11 @@ class ClipWorker:
             self.take_peak_gpu_bytes()
             streams = self._rendering(attempt)
             self._await_turn(attempt)
+            self._start_finishing(attempt, streams, buffer)
             has_finisher = True
-            threading.Thread(target=self._finish, args=(attempt, streams, buffer), name="finish", daemon=True).start()
             self._decode(attempt, streams, buffer)
+        except DeviceBroken:
+            raise  # the worker's own end: whatever it tried next would fail too
         except Exception as error:  # noqa: BLE001 - one row's bug must not end the night for the others
             if has_finisher:
                 buffer.complete(error)
@@ -186,7 +138,7 @@ class ClipWorker:
 
         return AssetStore(self.store.with_patience(Patience(self.patience_s, pause)))
 
-    def _adopted(self, attempt: _Attempt, standing: Mapping[str, Any]) -> Rendered:
+    def _adopted(self, attempt: Attempt, standing: Mapping[str, Any]) -> Rendered:
         return Rendered(
             item=attempt.item,
             asset=ClipAsset(**{name: standing[name] for name in ClipAsset.__slots__}),
@@ -195,12 +147,14 @@ class ClipWorker:
             finished_ns=self.now_ns(),
             prompt=standing["prompt"],
             adopted_from=standing["run_id"],
+            adopted_attempt=standing["attempt"],
         )
 
-    def _rendering(self, attempt: _Attempt) -> Streams:
+    def _rendering(self, attempt: Attempt) -> Streams:
         """Everything of the device's half but for decoding the picture."""
         item = attempt.item
-        adapters = self._own_adapters(item)
+        with signs_of_life(attempt.assignment, "text_encode", BEAT_EVERY_S):
+            adapters = self._own_adapters(item)
         recipe = resolve(self.recipes[item.request.recipe].recipe, **item.request.wishes.overrides())
         self._encode_ahead(item, attempt.assignment.upcoming)
         return self.engine.render(
@@ -212,22 +166,38 @@ class ClipWorker:
             memory_rung=item.memory_rung,
         )
 
-    def _await_turn(self, attempt: _Attempt) -> None:
+    def _await_turn(self, attempt: Attempt) -> None:
         """Wait until the clip before is finished."""
         if not self._finishing.acquire(blocking=False):
             attempt.enter("wait")
             while not self._finishing.acquire(timeout=BEAT_EVERY_S):
                 attempt.assignment.beat("wait")
-            attempt.enter("decode")
+            try:
+                attempt.enter("decode")
+            except Cancelled:
+                self._finishing.release()
+                raise
 
-    def _decode(self, attempt: _Attempt, streams: Streams, buffer: FrameBuffer) -> None:
+    def _start_finishing(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> None:
+        # With what this thread's log lines are about.
+        finish = partial(copy_context().run, self._finish, attempt, streams, buffer)
+        try:
+            threading.Thread(target=finish, name="finish", daemon=True).start()
+        except RuntimeError:  # the machine has no thread left
+            self._finishing.release()
+            raise
+
+    def _decode(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> None:
         with closing(streams.frames):
             for chunk in streams.frames:
                 while not buffer.put(chunk, BEAT_EVERY_S):
-                    attempt.enter("wait")
+                    # The encoder shows signs of life, if it lives.
+                    attempt.book("wait")
+                if not buffer.has_reader:
+                    return
                 attempt.enter("decode")
 
-    def _finish(self, attempt: _Attempt, streams: Streams, buffer: FrameBuffer) -> None:
+    def _finish(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> None:
         """The host's half, on its own thread: the file, its check, the commit, the answer."""
         item = attempt.item
         try:
@@ -235,6 +205,7 @@ class ClipWorker:
         except Exception as error:  # noqa: BLE001 - as in `execute`
             outcome = self._failed(attempt, error)
         finally:
+            buffer.abandon()
             for suffix in (".mp4", ".jpg", ".theirs.mp4"):
                 with suppress(OSError):  # what cannot be removed now is swept with the run's attempts
                     _with_suffix(attempt.stem, suffix).unlink(missing_ok=True)
@@ -243,7 +214,7 @@ class ClipWorker:
             self._finishing.release()
         attempt.assignment.end(outcome)
 
-    def _failed(self, attempt: _Attempt, error: Exception) -> Failed:
+    def _failed(self, attempt: Attempt, error: Exception) -> Failed:
         item = attempt.item
         if isinstance(error, OSError):
             error = storage_error(error, f"writing the clip of row {item.request.id}")
@@ -258,26 +229,28 @@ class ClipWorker:
             finished_ns=self.now_ns(),
         )
 
-    def _finished(self, attempt: _Attempt, streams: Streams, buffer: FrameBuffer) -> Rendered:
+    def _finished(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> Rendered:
         item, clip = attempt.item, self.recipes[attempt.item.request.recipe]
         video, thumbnail = (_with_suffix(attempt.stem, suffix) for suffix in (".mp4", ".jpg"))
         sample_rate_hz = streams.sample_rate_hz or 0
         attempt.enter_host("encode")
         written = write_clip(
             video,
-            buffer.chunks(),
+            _beating(buffer.chunks(), attempt.assignment),
             streams.waveform,
             fps=item.request.fps,
             num_frames=item.request.num_frames,
             sample_rate_hz=sample_rate_hz,
             settings=clip.encode,
         )
-        write_thumbnail(thumbnail, written.first_frame, quality=clip.thumbnail_quality)
-        facts = self._checked(video, item, sample_rate_hz)
-        attempt.enter_host("upload")
-        return self._committed(attempt, streams, written, facts)
+        # The store's client ends what stands still; what moves may take its time.
+        with signs_of_life(attempt.assignment, "upload", BEAT_EVERY_S):
+            write_thumbnail(thumbnail, written.first_frame, quality=clip.thumbnail_quality)
+            facts = self._checked(video, item, sample_rate_hz)
+            attempt.enter_host("upload")
+            return self._committed(attempt, streams, written, facts)
 
-    def _committed(self, attempt: _Attempt, streams: Streams, written: EncodeReport, facts: ClipFacts) -> Rendered:
+    def _committed(self, attempt: Attempt, streams: Streams, written: EncodeReport, facts: ClipFacts) -> Rendered:
         item, since_s = attempt.item, time.monotonic()
         video, thumbnail = (_with_suffix(attempt.stem, suffix) for suffix in (".mp4", ".jpg"))
         published = attempt.store.publish_video(video, item.file_stem)
@@ -320,7 +293,7 @@ class ClipWorker:
         """Where the text encoder waits on the host, encode the prompts of several items while it is on the device."""
         if self.engine.text_waits:
             clips = [work.request for work in (item, *upcoming)]
-            with suppress(PipelineError):  # said when it is that item's turn
+            with suppress(Exception):  # said when it is that item's turn, whatever it is
                 # One that shall be enhanced is not known yet.
                 self.engine.prefetch_texts([clip.prompt for clip in clips if not clip.wishes.enhance_prompt])
 
@@ -351,7 +324,7 @@ class ClipWorker:
         return facts
 
     def _adopt_if_taken(
-        self, attempt: _Attempt, published: Published, facts: ClipFacts, video: Path, sample_rate_hz: int
+        self, attempt: Attempt, published: Published, facts: ClipFacts, video: Path, sample_rate_hz: int
     ) -> tuple[Published, ClipFacts]:
         """If another writer's file has the name already: adopt it if it is a whole clip, else put ours there."""
         if published.created or published.sha256 == facts.sha256:
@@ -379,6 +352,14 @@ def _asset(uri: str, thumbnail_uri: str, facts: ClipFacts) -> ClipAsset:
         has_audio=facts.has_audio,
         sample_rate_hz=facts.sample_rate_hz or None,
     )
+
+
+def _beating(chunks: Iterator[np.ndarray], assignment: Assignment) -> Iterator[np.ndarray]:
+    """The chunks; the encoder lives as long as it takes them."""
+    for chunk in chunks:
+        assignment.beat("encode")
+        yield chunk
+        del chunk
 
 
 def _with_suffix(stem: Path, suffix: str) -> Path:

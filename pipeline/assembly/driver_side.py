@@ -6,6 +6,7 @@ The factory handed to workers imports the worker's root where it is called, so t
 from __future__ import annotations
 
 import gc
+import math
 import platform
 import secrets
 import sys
@@ -38,6 +39,7 @@ from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
 from pipeline.errors import Interrupted, PipelineError, UsageError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.memory import demands
+from pipeline.planning.pace import Pace
 from pipeline.planning.plan import Plan, Planner, Selection, resolved
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
@@ -145,7 +147,7 @@ def make_plan(job: RenderJob, recipes: Recipes, fingerprint: str) -> tuple[Manif
         )
         raise UsageError(f"recipe must suit model {job.model.name}, got {job.recipe.name}: {reason}; use {suiting}")
     manifest = open_manifest(job.manifest)
-    store = AssetStore(open_store(job.output))
+    store = AssetStore(open_store(job.output, answer_timeout_s=job.storage.answer_timeout_s))
 
     def committed(keys: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
         return store.committed(keys) if job.resume else {}
@@ -169,6 +171,8 @@ def _lasting_objects() -> Iterator[None]:
 
 
 def _build_worker(brief: WorkerBrief, meter: Meter, member: Member) -> Worker:
+    if member.num_ranks > 1:
+        raise UsageError(f"parallel.num_gpus must be 1, got {member.num_ranks}: the renderer is for one device a clip")
     # Imported where it is called: this is what loads torch, and only a worker needs it.
     from pipeline.assembly.worker_side import build_worker
 
@@ -204,14 +208,14 @@ class Run:
     def execute(self) -> int:
         """Drive the plan to its end and close the books; returns the exit code (README, "The contract")."""
         self.store.prepare()
-        closed = close_dead_runs(self.store, self._now_ns(), self._cost_of, self.run_id)
         x_values = self.manifest.x_values()
         patient = self.store.with_patience(self._patience)
         self._assets = AssetStore(patient)
         self._index = RunningIndex(self._assets, self.run_id)
-        folder = RunFolder(patient, self.run_id)
+        folder = self._folder = RunFolder(patient, self.run_id)
         folder.open(self._run_facts(), self._now_ns())
         try:
+            closed = close_dead_runs(self.store, self._now_ns(), self._cost_of, self.run_id)
             say(sys.stderr, f"run {self.run_id}; follow it with: python -m jobs.report run={folder.shown} follow=true")
             for run_id in closed:
                 folder.log("closed_dead_run", self._now_ns(), run_id=run_id)
@@ -243,6 +247,8 @@ class Run:
             progress=Progress(sys.stderr),
             now_ns=self._now_ns,
             flush_every_s=FLUSH_EVERY_S,
+            # Two attempts at one clip would write the same names where the store cannot tell them apart.
+            pace=Pace() if self.store.is_exclusive else Pace(straggler_at_least_s=math.inf),
             committed=lambda item: self._assets.standing(item.key),
             commit=self._commit,
             on_rendered=self._index.note,
@@ -357,8 +363,8 @@ class Run:
             }
         )
         if not isinstance(ending.stopped_by, Interrupted):
-            AssetStore(self.store).compact(self.run_id)
-        report = rebuild(self.store, self.run_id)
+            self._index.compact()
+        report = rebuild(self._assets.store, self.run_id)
         folder.close()
         say(sys.stdout, f"{report.text}\nreport: {report.page}")
         _say_why(ending)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from pipeline.errors import Cancelled
@@ -86,3 +87,20 @@ class Assignment:
     def last_beat(self) -> Beat:
         with self._lock:
             return self._beat
+
+
+@contextmanager
+def signs_of_life(assignment: Assignment, stage: str, every_s: float) -> Iterator[None]:
+    """Within, beats come from a thread of their own: for work that bounds its own silence but tells nobody of it."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(every_s):
+            with suppress(Cancelled):  # heard where the work next beats itself
+                assignment.beat(stage)
+
+    threading.Thread(target=beat, name="signs-of-life", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()

@@ -59,12 +59,13 @@ class Books:
     def flush(self) -> None:
         """Write everything up to now, and renew the lease."""
         started_s = time.monotonic()
-        self._flush_at_ns = self._now_ns() + round(self._flush_every_s * NS_PER_S)
         self._note_seats()
         running = self.count_spent()
         unwritten, self._unwritten = self._unwritten, []
         self._log.write_ledger(unwritten, running, self._now_ns())
         self._flush_took_s = time.monotonic() - started_s
+        # From its end on, however long it took: what happens meanwhile must not make the next one due at once.
+        self._flush_at_ns = self._now_ns() + round(self._flush_every_s * NS_PER_S)
 
     def count_spent(self) -> list[LedgerEntry]:
         """Take the pool's ledger up to now; returns the running entries."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 from pipeline.cluster.books import Books, RunLog
@@ -65,7 +66,9 @@ class Driver:
     ending: Ending = field(default_factory=Ending)
     _failures: RowFailures = field(default_factory=RowFailures)
     _crashes: CrashLoop = field(default_factory=lambda: CrashLoop(1))
+    # Of the clips that ended: what they were estimated at, and what their attempts cost.
     _estimated_usd: float = 0.0
+    _taken_usd: float = 0.0
     _stragglers_at_ns: int = 0
     _stop_seen_ns: int | None = None
 
@@ -96,17 +99,18 @@ class Driver:
                 self._books.flush_if_due()
                 self._show()
         except PipelineError as error:
-            self.ending.stopped_by = error
+            # Somebody who asks the run to stop also ends its patience with a store.
+            self.ending.stopped_by = error if self.stop.reason is None else Interrupted(self.stop.reason)
         finally:
             self._close(started)
         return self.ending
 
     def _must_stop(self) -> bool:
         """If what is in flight must be given up now; the first sign of it lets no more work start."""
-        if self.admission.is_over(self.now_ns()):
-            self.ending.limit_reached = self.ending.limit_reached or "the deadline has passed"
-            return True
         if self.stop.reason is None:
+            if self.admission.is_over(self.now_ns()):
+                self.ending.limit_reached = self.ending.limit_reached or "the deadline has passed"
+                return True
             return False
         if self._stop_seen_ns is None:
             self._stop_seen_ns = self.now_ns()
@@ -155,8 +159,8 @@ class Driver:
         return self._stop_seen_ns is None and self.ending.limit_reached is None
 
     def _refusal(self, item: WorkItem) -> str | None:
-        """Why `item` may not start. Estimates are scaled by what the clips so far really took."""
-        ratio = self.counts.spent_usd / self._estimated_usd if self._estimated_usd > 0 else 1.0
+        """Why `item` may not start. Estimates are scaled by what the clips so far took, cold starts and waste apart."""
+        ratio = self._taken_usd / self._estimated_usd if self._estimated_usd > 0 else 1.0
         return self.admission.refusal(
             spent_usd=self.counts.spent_usd,
             in_flight_usd=self.queue.open_usd * ratio,
@@ -172,7 +176,8 @@ class Driver:
             return
         self._stragglers_at_ns = now_ns + round(STRAGGLERS_EVERY_S * NS_PER_S)
         for item in self.queue.in_flight:
-            if self.pool.num_free() and self.pace.is_late(item, now_ns) and not self.queue.rivals(item):
+            is_raced = bool(self.queue.rivals(item)) or not self.pace.is_late(item, now_ns)
+            if not is_raced and self.pool.num_free() and self._refusal(item) is None:
                 self._submit(self.queue.speculate(item), beside=item.attempt)
 
     def _apply(self, event: PoolEvent | None) -> None:
@@ -205,27 +210,41 @@ class Driver:
             self._settle_failed(outcome)
 
     def _settle_rendered(self, rendered: Rendered) -> None:
-        self._settle_row(rendered.item, rendered_row(rendered, self.facts), ours=rendered.adopted_from is None)
-        self.pace.learn(rendered.item, (rendered.finished_ns - rendered.started_ns) / NS_PER_S)
+        item, is_ours = rendered.item, rendered.adopted_from is None
+        row = rendered_row(rendered, self.facts)
+        if is_ours:
+            self.pace.learn(item, (rendered.finished_ns - rendered.started_ns) / NS_PER_S)
+            self._learn_cost(item)
+        # Another attempt of this run may have committed and been lost before it could say so: the clip is its work.
+        winner = item.attempt if is_ours else rendered.adopted_attempt
+        row["attempts"] = winner if rendered.adopted_from in (None, self.facts.run_id) else item.attempt
+        self._settle_row(item, row, winner=winner if rendered.adopted_from in (None, self.facts.run_id) else None)
 
-    def _settle_row(self, item: WorkItem, row: dict[str, Any], *, ours: bool) -> None:
-        """`ours` is false if the record of another driver or attempt won: then the time was for nothing."""
-        self._record("rendered", row)
-        self.on_rendered(item.key)
-        if ours:
-            self.ending.rendered_attempts[item.request.id] = item.attempt
-        else:
-            self._waste(item, DUPLICATE)
-        self.pace.forget(item)
+    def _learn_cost(self, item: WorkItem) -> None:
+        cost_usd, _ = self.ending.charges.by_attempt.get((item.request.id, item.attempt), (Decimal(0), 0))
+        self._taken_usd += float(cost_usd)
         self._estimated_usd += item.estimate.cost_usd
-        self.counts.num_rendered += 1
+
+    def _settle_row(self, item: WorkItem, row: dict[str, Any], *, winner: int | None) -> None:
+        """`winner` is the attempt of this run that gave the clip; None if another driver's did."""
+        for attempt in (item, *self.queue.rivals(item)):
+            if attempt.attempt != winner:
+                self.ending.wasted[attempt.request.id, attempt.attempt] = DUPLICATE
+        if winner is not None:
+            self.ending.rendered_attempts[item.request.id] = winner
+            self.ending.wasted.pop((item.request.id, winner), None)
         for rival in self.queue.rivals(item):
             self.pool.cancel(rival)
-            self.ending.wasted[rival.request.id, rival.attempt] = DUPLICATE
-        for twin in self.queue.settle(item):
-            self._record("skipped", skipped_row(twin, row, self.facts))
-            self.counts.num_skipped += 1
-            self.counts.num_to_render -= 1
+        self.pace.forget(item)
+        rows = [row, *(skipped_row(twin, row, self.facts) for twin in self.queue.settle(item))]
+        # First all that a failing log must not take back.
+        self.ending.rows += rows
+        self.on_rendered(item.key)
+        self.counts.num_rendered += 1
+        self.counts.num_skipped += len(rows) - 1
+        self.counts.num_to_render -= len(rows) - 1
+        for each in rows:
+            self.log.log(each["status"], self.now_ns(), id=each["id"], row=each)
 
     def _settle_failed(self, failed: Failed) -> None:
         item = failed.item
@@ -234,14 +253,14 @@ class Driver:
             self._log_failed(failed, "leave it to the other attempt")
             return
         decision = after_failure(failed.fault, item, self._failures)
-        self._log_failed(failed, decision.value)
         if decision is AfterFailure.SET_ASIDE:
             self._set_aside(failed)
-            return
-        self.queue.take_back(retried(item, decision))
+        else:
+            self.queue.take_back(retried(item, decision))
         if decision is AfterFailure.STOP_JOB:
             unusable = failed.fault == UsageError.__name__
             self.ending.stopped_by = (UsageError if unusable else PipelineError)(failed.error_message)
+        self._log_failed(failed, decision.value)
 
     def _log_failed(self, failed: Failed, follows: str) -> None:
         self.log.log(
@@ -257,16 +276,18 @@ class Driver:
         """The items of a lost worker: rendered, if their commit stands; else the attempt has failed."""
         ids = [held.item.request.id for held in gone.held]
         self.log.log("worker_lost", self.now_ns(), cause=gone.cause, fault=gone.fault, ids=ids)
-        keys = []
+        lost = []
         for held in gone.held:
             if not self.queue.is_in_flight(held.item):
                 self._waste(held.item, DUPLICATE)
             elif not self._settle_if_committed(held.item):
-                keys.append(held.item.key)
+                lost.append(held.item)
                 self._settle_lost(held, gone)
         if gone.fault in (WorkerLost.__name__, Hang.__name__):
             self._crashes.num_workers = max(self._crashes.num_workers, self._books.num_held_workers)
-            reason = self._crashes.worker_lost(keys, gone.cause)
+            reason = self._crashes.worker_lost(
+                lost, gone.cause, num_busy=self.queue.num_open, num_forms=self.queue.num_forms
+            )
             if reason is not None:
                 self.ending.stopped_by = self.ending.stopped_by or WorkerLost(reason)
 
@@ -287,20 +308,18 @@ class Driver:
         record = self.committed(item)
         if record is None or record["run_id"] != self.facts.run_id:
             return False
-        self._settle_row(item, recovered_row(item, record, self.facts), ours=record["attempt"] == item.attempt)
+        self._settle_row(item, recovered_row(item, record, self.facts), winner=record["attempt"])
         return True
 
     def _set_aside(self, failed: Failed) -> None:
+        row = failed_row(failed, self.facts)
         self.queue.set_aside(failed.item)
-        self._record("failed", failed_row(failed, self.facts))
+        self.ending.rows.append(row)
         self.counts.num_failed += 1
         refusal = self.admission.too_many_failed(self.counts.num_failed)
         if refusal is not None:
             self.ending.stopped_by = PipelineError(f"{refusal}; the last: {failed.error_message}")
-
-    def _record(self, event: str, row: dict[str, Any]) -> None:
-        self.ending.rows.append(row)
-        self.log.log(event, self.now_ns(), id=row["id"], row=row)
+        self.log.log("failed", self.now_ns(), id=row["id"], row=row)
 
     def _lose_worker(self, error: BaseException) -> None:
         """No worker can be had, or none can be set up: the job ends, with the code that the error carries."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pipeline.cluster.assignment import Assignment, Beat
+from pipeline.cluster.assignment import Assignment
 from pipeline.cluster.pool import Finished, Freed, PoolEvent, Worker, WorkerBroken, WorkerFactory
 from pipeline.cost.meter import Meter
 from pipeline.errors import Hang, WorkerLost
@@ -51,7 +51,7 @@ class LocalPool:
         # Not ended yet: the one the device works for, and those whose files are being finished.
         self._open: list[Assignment] = []
         self._change = threading.Condition()
-        self._heard: tuple[Beat, float] = (Beat(), 0.0)
+        self._has_hung = False
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
 
     def start(self) -> None:
@@ -69,7 +69,6 @@ class LocalPool:
         with self._change:
             self._open.append(assignment)
         self._is_free = False
-        self._heard = (Beat(), time.monotonic())
         self._inbox.put(assignment)
 
     def cancel(self, item: WorkItem) -> None:
@@ -157,22 +156,19 @@ class LocalPool:
                 self._change.wait_for(lambda: assignment not in self._open)
 
     def _silence(self) -> PoolEvent | None:
-        if self._hang_after_s is None or self._is_free:
+        """A hang, told once: of the item in work, or of one whose file is being finished."""
+        if self._hang_after_s is None or self._has_hung:
             return None
-        current, now_s = self.held(), time.monotonic()
-        if not current:
-            return None
-        beat, item = current[-1].last_beat, current[-1].item
-        if beat.count == 0 or beat != self._heard[0]:
-            # Loading has no steps: it counts from the first sign of life on.
-            self._heard = (beat, now_s)
-            return None
-        limit_s = silence_limit_s(item.estimate.longest_step_s, self._hang_after_s)
-        if now_s - self._heard[1] <= limit_s:
-            return None
-        return WorkerBroken(
-            Hang(
-                f'row "{item.request.id}" gave no sign of life for {limit_s:.0f} s after step {beat.step} of '
-                f"{beat.stage or 'its start'}; run the same command again, with cluster=local to survive such rows"
-            )
-        )
+        for assignment in self.held():
+            item, beat = assignment.item, assignment.last_beat
+            limit_s = silence_limit_s(item.estimate.longest_step_s, self._hang_after_s)
+            if assignment.silent_s > limit_s:
+                self._has_hung = True
+                return WorkerBroken(
+                    Hang(
+                        f'row "{item.request.id}" gave no sign of life for {limit_s:.0f} s after step {beat.step} of '
+                        f"{beat.stage or 'its start'}; run the same command again, with cluster=local to survive such "
+                        "rows"
+                    )
+                )
+        return None

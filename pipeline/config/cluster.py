@@ -34,9 +34,10 @@ class ClusterConfig:
     num_workers: int | None = None
     # How long a worker may wait for free resources, and Ray for its start.
     start_timeout_s: float = 60.0
-    # How long a worker may load its model.
+    # How long a worker on Ray may load its model.
     load_timeout_s: float = 1800.0
-    # A worker that gives no sign of life for so long, and for five times its longest step, hangs and is replaced.
+    # A worker that gives no sign of life for so long, and for five times its longest step, hangs: on Ray it is
+    # replaced, in one process the job ends.
     hang_after_s: float = 60.0
     # From a signal to the end of the process; clips that are predicted to end in time go on. `ray job stop` gives 3 s.
     stop_notice_s: float = 3.0

@@ -42,7 +42,7 @@ from pipeline.engine.residency import ALL_RESIDENT, Residency
 from pipeline.engine.samplers import sampler_named
 from pipeline.engine.sigmas import noise_levels
 from pipeline.engine.text import TEXT_ENCODER, TextConditioner
-from pipeline.errors import OutOfMemory, UsageError
+from pipeline.errors import DeviceBroken, OutOfMemory, UsageError
 from pipeline.geometry import SPATIAL_CELL_PX, LatentShape, PixelShape, RenderShape, latent_shape
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.denoiser import AudioVideoDenoiser
@@ -136,7 +136,7 @@ class RenderEngine:
         `adapters` (file, strength) count in all stages. `on_step` is called after the text, each step of each stage and
         each chunk of frames (whose steps are frames); what it raises ends the clip and leaves the engine ready for the
         next one. `memory_rung` is one of `MEMORY_RUNGS`, each of which takes less device memory than the one before and
-        gives the same bytes; "offload" holds for all later clips too.
+        gives the same bytes.
 
         UsageError if the recipe asks for what this engine lacks; EngineFault if a result is not finite; OutOfMemory if
         the clip does not fit the device or the host, also while the frames are iterated.
@@ -284,6 +284,8 @@ class RenderEngine:
         rung = MEMORY_RUNGS.index(memory_rung)
         if rung >= MEMORY_RUNGS.index("offload"):
             self.residency.tighten()
+        else:
+            self.residency.loosen()
         if rung:
             self.residency.release_unused()
         return SMALL_CHUNK_LATENT_FRAMES if rung else CHUNK_LATENT_FRAMES
@@ -329,6 +331,9 @@ def _memory_reported(what: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         place = _exhausted(error)
+        if isinstance(error, torch.AcceleratorError) and place is None:
+            # Of an illegal access or a memory error of the chip: every later call fails too.
+            raise DeviceBroken(f"{what} broke the device: {str(error).splitlines()[0]}") from error
         if place is None:
             raise
         # Python's own MemoryError says nothing more.

@@ -35,9 +35,16 @@ class Residency:
             self._send(name)
 
     def tighten(self) -> None:
-        """Have every part that can wait do so from now on. None may be in use."""
+        """Have every part that can wait do so, until `loosen`. None may be in use."""
         for name in tuple(self._resident):
             self._send(name)
+
+    def loosen(self) -> None:
+        """Only the parts of `on_host` wait from now on. None may be in use."""
+        for name in self._waiting.keys() - set(self._on_host):
+            module = self._resident[name] = self._waiting.pop(name)
+            for tensor in _tensors(module):
+                tensor.data = tensor.data.to(self._device)
 
     def release_unused(self) -> None:
         """Give the device's memory that nothing uses back to it, for what will be asked for in other sizes."""

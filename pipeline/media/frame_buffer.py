@@ -36,6 +36,18 @@ class FrameBuffer:
                 self._change.notify_all()
             return True
 
+    @property
+    def has_reader(self) -> bool:
+        """False once nobody reads any more, or ever will."""
+        return self._has_reader
+
+    def abandon(self) -> None:
+        """Nobody will read: what is held, and whatever still comes, vanishes."""
+        with self._change:
+            self._has_reader = False
+            self._chunks.clear()
+            self._change.notify_all()
+
     def complete(self, error: BaseException | None = None) -> None:
         """No more chunks come; with `error` the reader gets it in their place."""
         with self._change:
@@ -50,10 +62,7 @@ class FrameBuffer:
                 yield chunk
                 del chunk
         finally:
-            with self._change:
-                self._has_reader = False
-                self._chunks.clear()
-                self._change.notify_all()
+            self.abandon()
 
     def _has_room(self, chunk: np.ndarray) -> bool:
         return not self._chunks or self._held_bytes + chunk.nbytes <= self._max_bytes

@@ -6,6 +6,7 @@ Pure: the caller supplies the time and applies the decision. The class of a fail
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -102,32 +103,40 @@ def retried(item: WorkItem, decision: AfterFailure) -> WorkItem:
 class CrashLoop:
     """Tells bad luck from a job that cannot go on: workers that are lost while no item ends in between.
 
-    One row that ends every worker is set aside after two; `num_workers` may go at once with their machine.
+    One row that ends every worker is set aside after two; `num_workers` may go at once with their machine. While some
+    worker is at work, others that cannot start do not end the job. Clips of one form that all end their workers say
+    nothing of the other forms, until very many have.
     """
 
     num_workers: int
     _lost_idle: int = 0
-    _lost_with: set[str] = field(default_factory=set)
+    # Rows that were lost with their workers, and the forms among them.
+    _lost_rows: set[str] = field(default_factory=set)
+    _lost_forms: set[Hashable] = field(default_factory=set)
 
     def item_ended(self) -> None:
         self._lost_idle = 0
-        self._lost_with.clear()
+        self._lost_rows.clear()
+        self._lost_forms.clear()
 
-    def worker_lost(self, keys: list[str], cause: str) -> str | None:
-        """Note a worker that was lost with the items of `keys`; why the job must end, or None."""
-        if keys:
-            self._lost_with.update(keys)
+    def worker_lost(self, held: Sequence[WorkItem], cause: str, *, num_busy: int, num_forms: int) -> str | None:
+        """Note a worker that was lost with the items `held`, while `num_busy` others are at work and items of
+        `num_forms` are left; why the job must end, or None."""
+        if held:
+            self._lost_rows.update(item.request.id for item in held)
+            self._lost_forms.update(item.request.form for item in held)
         else:
             self._lost_idle += 1
         most = max(4, self.num_workers)
-        if self._lost_idle >= most:
+        if self._lost_idle >= most and num_busy == 0:
             return (
                 f"{self._lost_idle} workers were lost while they started or waited, and no clip ended in between; the "
                 f"last: {cause}; see the workers' logs, then run the same command again"
             )
-        if len(self._lost_with) >= 2 * most:
+        is_telling = len(self._lost_forms) > 1 or num_forms <= 1 or len(self._lost_rows) >= 20 * most
+        if len(self._lost_rows) >= 2 * most and is_telling:
             return (
-                f"workers were lost with each of {len(self._lost_with)} rows, and no clip ended in between; the last: "
+                f"workers were lost with each of {len(self._lost_rows)} rows, and no clip ended in between; the last: "
                 f"{cause}; see the workers' logs, then run the same command again"
             )
         return None

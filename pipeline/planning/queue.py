@@ -35,6 +35,7 @@ class WorkQueue:
         self._in_flight: dict[str, list[WorkItem]] = {}
         self._twins: dict[str, list[WorkItem]] = defaultdict(list)
         self._attempts: Counter[str] = Counter()
+        self._forms = {item.request.form for item in in_row_order}
         # Attempts in flight and their estimates, kept as sums: asked for before each item of a large fleet.
         self.num_open = 0
         self.open_usd = 0.0
@@ -114,6 +115,11 @@ class WorkQueue:
     def num_waiting(self) -> int:
         """Items that a worker could take now; twins are not among them."""
         return len(self._waiting)
+
+    @property
+    def num_forms(self) -> int:
+        """How many forms of clips this queue was made of: sizes, lengths, recipes, wishes."""
+        return len(self._forms)
 
     @property
     def num_in_flight(self) -> int:

@@ -126,7 +126,8 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A clip that is committed. `adopted_from` names the run whose record won, if it was not this attempt's.
+    """A clip that is committed. `adopted_from` and `adopted_attempt` name the run and attempt whose record won, if it
+    was not this one's.
 
     Peaks: of device memory in use during the attempt (None on CPU); of the worker's resident host memory since its
     start, which holds the weights it mapped while loading.
@@ -140,6 +141,7 @@ class Rendered:
     # As it was given to the model: enhanced, if the row asked for that.
     prompt: str
     adopted_from: str | None = None
+    adopted_attempt: int | None = None
     peak_gpu_memory_bytes: int | None = None
     peak_host_memory_bytes: int | None = None
     # The commit record, if the worker left it to the driver to commit.
@@ -207,7 +209,7 @@ def adopting(rendered: Rendered, standing: Mapping[str, Any]) -> Rendered:
             extra={"facts": {"key": rendered.item.key, "theirs": standing["sha256"], "ours": rendered.asset.sha256}},
         )
     asset = ClipAsset(**{name: standing[name] for name in ClipAsset.__slots__})
-    return replace(rendered, asset=asset, adopted_from=standing["run_id"])
+    return replace(rendered, asset=asset, adopted_from=standing["run_id"], adopted_attempt=standing["attempt"])
 
 
 def item_row(item: WorkItem, facts: RunFacts, *, status: str) -> dict[str, Any]:

@@ -287,6 +287,13 @@ class RunningIndex:
             self._writer.submit(self._write, self._keys)
             self._keys = []
 
+    def compact(self) -> None:
+        """Write every record that no index holds, whoever committed it."""
+        try:
+            self._assets.compact(self._run_id)
+        except PipelineError as error:
+            log.warning("the index of commits was not compacted: %s", error)
+
     def close(self, *, wait: bool) -> None:
         """No more keys come. Without `wait` what is being written is given up."""
         self._writer.shutdown(wait=wait, cancel_futures=not wait)

@@ -47,13 +47,13 @@ def test_lower_rungs_decode_in_smaller_chunks(engine, recipe, request_for):
         assert len(chunks[0]) == expected.get(rung, 8 * SMALL_CHUNK_LATENT_FRAMES)
 
 
-def test_on_the_last_rung_every_part_that_can_waits_and_goes_on_to(engine, recipe, request_for):
+def test_on_the_last_rung_every_part_that_can_waits_and_comes_back_for_the_next_clip(engine, recipe, request_for):
     clip_on("small_decode_chunks", engine, recipe, request_for())
     assert engine.residency.waiting == ()
     clip_on("offload", engine, recipe, request_for())
     assert set(engine.residency.waiting) == EVERY_PART
     clip_on("planned", engine, recipe, request_for())
-    assert set(engine.residency.waiting) == EVERY_PART
+    assert engine.residency.waiting == ()
 
 
 def test_text_encoder_in_fewer_bits_cannot_wait_on_the_last_rung(nano_model, load, monkeypatch, recipe, request_for):

@@ -277,7 +277,7 @@ class Farm:
             self.farm, self.free = farm, num_workers
 
         def num_free(self) -> int:
-            return self.free
+            return self.free if self.started else 1
 
         def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
             self.free -= 1
@@ -332,9 +332,14 @@ def test_a_clip_that_does_not_fit_is_rendered_on_a_lower_rung_and_says_so() -> N
 
 
 def test_workers_that_are_lost_without_end_end_the_job_with_code_6_and_the_cause() -> None:
-    farm = Farm([item(0)], 1)
+    farm = Farm([item(0)], 0)
+
+    def lost() -> PoolEvent:
+        farm.pool.free = -1  # it never became ready, and the next one will not either
+        return WorkerGone("cpu-0: cannot allocate")
+
     for index in range(10):
-        farm.at(index + 1, lambda: WorkerGone("cpu-0: cannot allocate"))
+        farm.at(index + 1, lost)
     ending = farm.driver.drive()
     assert ending.stopped_by is not None and ending.stopped_by.exit_code == 6
     assert "cpu-0: cannot allocate" in str(ending.stopped_by) and statuses(ending) == {"row-0": "not_started"}

@@ -89,15 +89,27 @@ def test_who_may_have_ended_a_worker_is_tried_alone_next() -> None:
 
 def test_a_crash_loop_is_told_from_a_poison_row_and_from_a_machine_that_goes() -> None:
     loop = CrashLoop(num_workers=8)
-    assert not any(loop.worker_lost([], "its machine went") for _ in range(7))
+    still = {"num_busy": 0, "num_forms": 3}
+    assert not any(loop.worker_lost([], "its machine went", **still) for _ in range(7))
     loop.item_ended()
-    assert not any(loop.worker_lost(["poison"], "segfault") for _ in range(50))
-    assert [bool(loop.worker_lost([], "driver mismatch")) for _ in range(8)] == [False] * 7 + [True]
+    assert not any(loop.worker_lost([item(0)], "segfault", **still) for _ in range(50))
+    assert [bool(loop.worker_lost([], "driver mismatch", **still)) for _ in range(8)] == [False] * 7 + [True]
+
+
+def test_workers_that_cannot_start_do_not_end_a_job_on_which_others_work() -> None:
+    loop = CrashLoop(num_workers=8)
+    assert not any(loop.worker_lost([], "bad GPU", num_busy=7, num_forms=1) for _ in range(100))
+
+
+def test_clips_of_one_form_that_end_their_workers_say_nothing_of_other_forms() -> None:
+    loop, left = CrashLoop(num_workers=1), {"num_busy": 0, "num_forms": 2}
+    assert not any(loop.worker_lost([item(n)], "killed for its memory", **left) for n in range(30))
+    assert loop.worker_lost([item(99, width=320)], "killed for its memory", **left) is not None
 
 
 def test_a_job_in_which_every_row_ends_its_worker_ends_itself_and_names_the_cause() -> None:
     loop = CrashLoop(num_workers=2)
-    reasons = [loop.worker_lost([f"row {n}"], "CUDA driver mismatch") for n in range(8)]
+    reasons = [loop.worker_lost([item(n)], "CUDA driver mismatch", num_busy=1, num_forms=1) for n in range(8)]
     assert reasons[:-1] == [None] * 7 and "CUDA driver mismatch" in (reasons[-1] or "")
 
 
