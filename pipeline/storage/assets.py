@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -135,12 +135,19 @@ class AssetStore:
         found = CompactRecords(self.store)
         for table in self._index_tables():
             found.add(table, wanted)
-        missing = sorted(key for key in wanted if key not in found)
-        for start in range(0, len(missing), INDEX_FILE_RECORDS):
-            texts = self._read_records(missing[start : start + INDEX_FILE_RECORDS])
-            found.add(_index_table(texts), wanted)
-        found.forget(self._torn(found.videos()))
+        self._add_records(found, [key for key in wanted if key not in found], wanted)
+        # An index file holds what a record said once; if it was removed and made anew since, its video may be there.
+        doubtful = found.without(self._torn(found.videos()))
+        self._add_records(found, doubtful, wanted)
+        found.settle(found.without(self._torn(found.videos_of(doubtful))) if doubtful else ())
         return found
+
+    def _add_records(self, found: CompactRecords, keys: Collection[str], wanted: Mapping[str, str]) -> None:
+        """Add the records of `keys` as they are now, one read for each."""
+        ordered = sorted(keys)
+        for start in range(0, len(ordered), INDEX_FILE_RECORDS):
+            texts = self._read_records(ordered[start : start + INDEX_FILE_RECORDS])
+            found.add(_index_table(texts), wanted)
 
     def _torn(self, videos: dict[str, int]) -> Collection[str]:
         """Those of `videos` (name -> size in bytes) that are not there whole."""
@@ -244,11 +251,21 @@ class CompactRecords(Mapping[str, dict[str, Any]]):
         sizes.pop(UNREADABLE, None)
         return sizes
 
-    def forget(self, videos: Collection[str]) -> None:
-        """Forget the records that could not be read and those of `videos`; no more are added."""
-        lost = {UNREADABLE, *videos}
+    def videos_of(self, keys: Iterable[str]) -> dict[str, int]:
+        """As `videos`, of a few keys."""
+        places = [self._places[key] for key in keys]
+        rows = [self._tables[number].slice(row, 1).to_pylist()[0] for number, row in places]
+        return {row["video"]: row["size_bytes"] for row in rows if row["video"] != UNREADABLE}
+
+    def without(self, torn: Collection[str]) -> list[str]:
+        """The keys whose record could not be read, or whose video is one of `torn`."""
+        lost = {UNREADABLE, *torn}
         rows = [[name in lost for name in table["video"].to_pylist()] for table in self._tables]
-        for key in [key for key, (number, row) in self._places.items() if rows[number][row]]:
+        return [key for key, (number, row) in self._places.items() if rows[number][row]]
+
+    def settle(self, lost: Iterable[str]) -> None:
+        """Forget the records of the keys `lost`; no more are added."""
+        for key in lost:
             del self._places[key]
         self._tables = [table.select(["facts"]) for table in self._tables]
 

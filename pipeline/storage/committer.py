@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from copy import copy
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,10 +39,7 @@ class Committer:
         standing = read_lease(self._store, COMMITTER)
         if standing is not None and is_alive(standing, now_ns):
             raise self._held(standing)
-        self._store.write(COMMITTER, self._lease.content(now_ns))
-        took_s = time.monotonic() - begin_s
-        time.sleep(SETTLE_S)
-        standing = read_lease(self._store, COMMITTER)
+        took_s, standing = self._written_and_settled(begin_s, now_ns)
         if not self._lease.is_this(standing):
             raise self._held(standing)
         if took_s >= SETTLE_S:
@@ -53,15 +51,48 @@ class Committer:
             )
         log.warning("%s has no conditional puts: run %s alone commits there", self._store.root_uri, self._run_id)
 
+    def with_store(self, store: Store) -> Committer:
+        """The same hold, seen through a store of another patience."""
+        other = copy(self)
+        other._store = store
+        return other
+
     def renew(self, now_ns: int) -> None:
         """Say that this driver lives; WorkerLost if another took the output over while this one stood still."""
         standing = read_lease(self._store, COMMITTER)
         if standing is not None and not self._lease.is_this(standing):
-            raise WorkerLost(
-                f"output {self._store.root_uri} was taken over by run {standing['run_id']} while run "
-                f"{self._run_id} stood still; what it committed stays, the same command goes on"
-            )
+            raise self._lost(standing)
         self._store.write(COMMITTER, self._lease.content(now_ns))
+
+    def require(self, now_ns: int) -> None:
+        """WorkerLost unless this driver holds the output now and for SETTLE_S more.
+
+        A hold that ran out while the store was away, and that nobody took, is taken again, which takes SETTLE_S.
+        """
+        begin_s = time.monotonic()
+        standing = read_lease(self._store, COMMITTER)
+        if not self._lease.is_this(standing):
+            raise self._lost(standing)
+        assert standing is not None
+        if int(standing["expires_ns"]) - now_ns > SETTLE_S * NS_PER_S:
+            return
+        took_s, standing = self._written_and_settled(begin_s, now_ns)
+        if took_s >= SETTLE_S or not self._lease.is_this(standing):
+            raise self._lost(standing)
+
+    def _written_and_settled(self, begin_s: float, now_ns: int) -> tuple[float, dict[str, Any] | None]:
+        """Seconds from `begin_s` until our lease was written, and the one that stands after SETTLE_S more."""
+        self._store.write(COMMITTER, self._lease.content(now_ns))
+        took_s = time.monotonic() - begin_s
+        time.sleep(SETTLE_S)
+        return took_s, read_lease(self._store, COMMITTER)
+
+    def _lost(self, standing: Mapping[str, Any] | None) -> WorkerLost:
+        by = "another driver" if standing is None or self._lease.is_this(standing) else f"run {standing['run_id']}"
+        return WorkerLost(
+            f"output {self._store.root_uri} was taken over by {by} while run {self._run_id} stood still; "
+            "what it committed stays, the same command goes on"
+        )
 
     def release(self) -> None:
         if self._lease.is_this(read_lease(self._store, COMMITTER)):

@@ -34,8 +34,8 @@ T = TypeVar("T")
 LISTERS = 16
 # Local folders for unfinished files; the rest of the name says whose, and of which run.
 SCRATCH_PREFIX = "ltx-scratch-"
-# What `prepare` tries the store with; the rest of the name says when.
-_PROBE_PREFIX = ".probe-"
+# In the name of what `prepare` tries the store with: before it whose it is, behind it when it was made.
+_PROBE = "-probe-"
 _UNSUPPORTED = ("NotImplemented", "501", "MethodNotAllowed", "405")
 # The client's library is not imported here, so its errors are known by their names.
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
@@ -85,7 +85,7 @@ class ObjectStore:
         return self.uri(name)
 
     def prepare(self) -> None:
-        probe = f"_attempts/{_PROBE_PREFIX}{time.time_ns()}-{uuid.uuid4().hex[:12]}"
+        probe = f"_attempts/{writer()}{_PROBE}{time.time_ns()}-{uuid.uuid4().hex[:12]}"
         self.is_exclusive = True
         try:
             if not self.create(probe, b"first"):
@@ -165,7 +165,8 @@ class ObjectStore:
     def sweep(self, before_ns: int) -> None:
         _sweep_scratch()
         for name in self.sizes("_attempts"):
-            if name.startswith(_PROBE_PREFIX) and int(name.removeprefix(_PROBE_PREFIX).partition("-")[0]) < before_ns:
+            _, mark, made = name.partition(_PROBE)
+            if mark and (writer_is_gone(name) or int(made.partition("-")[0]) < before_ns):
                 self.delete(f"_attempts/{name}")
         if not hasattr(self._fs, "list_multipart_uploads"):
             return

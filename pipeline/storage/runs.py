@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,6 +18,7 @@ import pyarrow as pa
 from pipeline.errors import UsageError, WorkerLost
 from pipeline.records.outcome import NS_PER_S, LedgerEntry, WorkerSeat, ledger_entry
 from pipeline.storage.committer import Committer
+from pipeline.storage.lease_keeper import LeaseKeeper
 from pipeline.storage.leases import Lease, is_alive, read_lease
 from pipeline.storage.store import Store
 from pipeline.storage.tables import LedgerTable, read_ledger, write_ledger_file, write_results
@@ -61,8 +64,9 @@ class RunFolder:
     def open(self, facts: Mapping[str, Any], now_ns: int) -> None:
         """Claim the run id (and the output, if need be) and write `run.json`; UsageError if one is taken.
 
-        The lease comes first: whatever is killed in between can be swept.
+        The lease comes first: whatever is killed in between can be swept. From then on until `close` it is renewed.
         """
+        keeper = LeaseKeeper(now_ns)
         if self._committer is not None:
             self._committer.claim(now_ns)
         self._lease = Lease(self.run_id, now_ns)
@@ -77,6 +81,10 @@ class RunFolder:
             remove_attempts(self._store, self.run_id)
             self._release_output()
             raise taken
+        self._keeper = keeper
+        keeper.start(self._renewal(self._store.with_patience(keeper.patience)))
+        # A driver that ends by an error drops its folder without closing it.
+        weakref.finalize(self, keeper.let_go)
 
     def update(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into `run.json`."""
@@ -97,15 +105,23 @@ class RunFolder:
             self._events.append(line)
 
     def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None:
-        """Make all entries so far readable and renew the lease."""
+        """Make all entries so far readable and renew the lease. After an error the next call writes `closed` too."""
+        self._ledger.add(closed)
         if not self._may_write():
             return
         if self._committer is not None:
-            self._renew_output(self._committer, now_ns)
-        self._ledger.add(closed)
+            with self._fenced_by_loss():
+                self._committer.renew(now_ns)
         self._ledger.flush(running)
         self._write_events()
         self._store.write(self._lease_name, self._lease.content(now_ns))
+
+    def require_output(self, now_ns: int) -> None:
+        """WorkerLost unless this driver still holds the output; for each commit where the store has no conditional
+        puts. Where it has them nobody needs to hold anything."""
+        if self._committer is not None:
+            with self._fenced_by_loss():
+                self._committer.require(now_ns)
 
     def write_results(self, rows: Iterable[Mapping[str, Any]], x_values: pa.Table) -> None:
         if self._may_write():
@@ -113,6 +129,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the lease back and remove what is left of this run's attempts."""
+        # First: a renewal that came later would make the attempts anew.
+        self._keeper.stop()
         if self._may_write():
             self._write_events()
             remove_attempts(self._store, self.run_id)
@@ -122,15 +140,27 @@ class RunFolder:
         """False of a fenced run; WorkerLost when that is found out."""
         if not self.fenced and self._store.read(f"{self._folder}/{CLOSED}") is not None:
             self.fenced = True
-            raise WorkerLost(
-                f"run {self.run_id} was found dead and closed by another driver while it stood still; what it "
-                "committed stays, the same command goes on"
-            )
+            raise _found_dead(self.run_id)
         return not self.fenced
 
-    def _renew_output(self, committer: Committer, now_ns: int) -> None:
+    def _renewal(self, store: Store) -> Callable[[int], None]:
+        """What the keeper does, without a reference to this folder, which would keep a dropped one alive."""
+        run_id, closed_name, lease, lease_at = self.run_id, f"{self._folder}/{CLOSED}", self._lease, self._lease_name
+        committer = None if self._committer is None else self._committer.with_store(store)
+
+        def renew(now_ns: int) -> None:
+            if store.read(closed_name) is not None:
+                raise _found_dead(run_id)
+            if committer is not None:
+                committer.renew(now_ns)
+            store.write(lease_at, lease.content(now_ns))
+
+        return renew
+
+    @contextmanager
+    def _fenced_by_loss(self) -> Iterator[None]:
         try:
-            committer.renew(now_ns)
+            yield
         except WorkerLost:
             self.fenced = True
             raise
@@ -147,6 +177,13 @@ class RunFolder:
         if len(self._events) >= EVENTS_FILE_LINES:
             self._events_part += 1
             self._events = []
+
+
+def _found_dead(run_id: str) -> WorkerLost:
+    return WorkerLost(
+        f"run {run_id} was found dead and closed by another driver while it stood still; what it committed stays, the "
+        "same command goes on"
+    )
 
 
 def as_json(value: Any, indent: int | None = 1) -> str:

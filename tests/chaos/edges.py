@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.storage.store import Store, open_store
 
 # What changes the store; reads leave nothing behind to go wrong.
-CHANGES = ("create", "write", "replace", "append", "delete", "delete_folder", "scratch")
+CHANGES = ("create", "write", "replace", "append", "delete", "delete_folder", "scratch", "prepare", "sweep")
 
 
 class Edges:
@@ -35,7 +35,7 @@ class Edges:
         return _Watched(open_store(uri, **settings), self)  # type: ignore[return-value]
 
     def passed(self, side: str, operation: str, name: str) -> None:
-        edge = f"{side} {operation} {kind_of(name)}"
+        edge = f"{side} {operation} {kind_of(name)}".rstrip()
         with self._lock:
             self._passed[edge] += 1
             if (self._passed[edge], edge) == self._kill_at:
@@ -59,9 +59,11 @@ class _Watched:
         if operation not in CHANGES:
             return attribute
 
-        def watched(name: str, *arguments: Any) -> Any:
+        def watched(*arguments: Any) -> Any:
+            # `prepare` and `sweep` are of the whole store.
+            name = arguments[0] if arguments and isinstance(arguments[0], str) else ""
             self._edges.passed("before", operation, name)
-            result = attribute(name, *arguments)
+            result = attribute(*arguments)
             self._edges.passed("after", operation, name)
             return result
 

@@ -133,6 +133,7 @@ class Reader:
         self._over = threading.Event()
         self.num_read = 0
         self.torn: list[str] = []
+        self.lived_to_the_end = False
         self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> Reader:
@@ -140,20 +141,27 @@ class Reader:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.lived_to_the_end = self._thread.is_alive()
         self._over.set()
         self._thread.join()
 
     def _read(self) -> None:
         while not self._over.wait(0.3):
-            names = sorted(self._videos.glob("*.mp4"), key=lambda path: path.stat().st_mtime_ns)[-1:]
-            for path in names:
-                self.num_read += 1
-                try:
-                    whole = decoded_frames(path) == CLIP["num_frames"]
-                except av.FFmpegError:
-                    whole = False
-                if not whole:
-                    self.torn.append(path.name)
+            # Another writer's clip may be the one that stands: what vanishes meanwhile is not torn.
+            with suppress(FileNotFoundError):
+                for path in sorted(self._videos.glob("*.mp4"), key=lambda path: path.stat().st_mtime_ns)[-1:]:
+                    self._read_one(path)
+
+    def _read_one(self, path: Path) -> None:
+        try:
+            whole = decoded_frames(path) == CLIP["num_frames"]
+        except FileNotFoundError:
+            raise
+        except av.FFmpegError:
+            whole = False
+        self.num_read += 1
+        if not whole:
+            self.torn.append(path.name)
 
 
 def delays_s(since_ns: list[int], events: list[dict[str, Any]], name: str, within_s: float) -> list[float]:
@@ -187,12 +195,13 @@ def test_kills_of_ranks_drivers_and_nodes_lose_double_and_tear_nothing(
         with Reader(Path(site.root)) as reader:
             storm.rage(num_faults, 0.95 * (num_rows - 20) / num_faults)
             num_runs = storm.finish()
-    assert reader.num_read and not reader.torn
+    assert reader.lived_to_the_end and reader.num_read and not reader.torn
     output = Path(site.root)
     check_output(output, site.ids)
     events = sorted((e for run in runs_of(output) for e in events_of(run)), key=lambda e: e["at_ns"])
     detected = delays_s(storm.rank_killed_ns, events, "worker_lost", 5.0)
     assert len(detected) >= 0.8 * len(storm.rank_killed_ns), "the others died with their driver or node"
+    assert storm.done.total() >= 0.95 * num_faults, storm.done
     keep(
         "kills",
         faults=dict(storm.done),
@@ -206,7 +215,6 @@ def test_kills_of_ranks_drivers_and_nodes_lose_double_and_tear_nothing(
         worker_ready_again=summary(delays_s(storm.rank_killed_ns, events, "worker_ready", 30.0)),
         seconds=round(time.monotonic() - started_s, 1),
     )
-    assert storm.done.total() >= 0.95 * num_faults, storm.done
 
 
 @pytest.mark.timeout(3600)
@@ -235,6 +243,7 @@ def test_a_gang_that_loses_a_rank_in_a_collective_starts_again_as_a_whole(
     killed = delays_s(storm.rank_killed_ns, events, "worker_lost", 5.0)
     stopped = delays_s(storm.rank_stopped_ns, events, "worker_lost", HANG_AFTER_S + 5.0)
     assert len(killed) == len(storm.rank_killed_ns) and len(stopped) == len(storm.rank_stopped_ns)
+    assert storm.done.total() == total
     torn_down = [event["processes_gone_s"] for event in events if event["event"] == "worker_torn_down"]
     keep(
         "gangs",
@@ -249,4 +258,3 @@ def test_a_gang_that_loses_a_rank_in_a_collective_starts_again_as_a_whole(
         worker_ready_again=summary(delays_s(storm.rank_killed_ns, events, "worker_ready", 60.0)),
         seconds=round(time.monotonic() - started_s, 1),
     )
-    assert storm.done.total() == total

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from tests.chaos.conftest import SEED, FarmSite, keep, plain_rows
@@ -32,6 +33,8 @@ def test_faults_of_the_store_lose_and_double_nothing(
         num_requests = proxy.num_requests
     assert code == 0, errors
     check_output(site.output(tmp_path / "copy"), site.ids)
+    bucket, _, _ = site.root.removeprefix("s3://").partition("/")
+    assert fsspec.filesystem("s3").list_multipart_uploads(bucket) == []
+    assert plan.counts.total() == num_faults
     keep("storage_faults", faults=dict(plan.counts), total=plan.counts.total(), requests=num_requests, rows=num_rows,
          violations=0, seconds=round(time.monotonic() - started_s, 1))  # fmt: skip
-    assert plan.counts.total() == num_faults

@@ -1,9 +1,10 @@
 """What a user can read of an output folder, checked against what the contract promises.
 
 After any number of killed runs and one run that ended:
-  1. every manifest row has exactly one result, and it is `rendered` or `skipped`;
+  1. every manifest row has exactly one result in each run that has any, in the last one `rendered` or `skipped`, and
+     such a row says what its record says;
   2. every commit's video is there, has the recorded hash and decodes to its last frame;
-  3. nothing that was committed was rendered again;
+  3. nothing that was committed was rendered again, by no run;
   4. each run's ledger partitions each worker's held time within 1 ms, with at most 5 s `unknown` a kill
      (of the driver, or of a worker);
   5. nothing is left in `_attempts`, and no file is there that no record names.
@@ -76,20 +77,37 @@ def check_output(output: Path, ids: list[str]) -> None:
     check_commits(output)
     check_nothing_was_done_twice(output)
     for run in runs_of(output):
+        check_results(run, ids, records_of(output))
         check_partition(run)
     assert not (output / "_attempts").exists()
 
 
+def check_results(run: Path, ids: list[str], records: list[dict[str, Any]]) -> None:
+    """A run that was killed has none; any other has each row once, and done ones name the clip that is there."""
+    rows, by_key = results_of(run), {record["key"]: record for record in records}
+    assert not rows or sorted(row["id"] for row in rows) == sorted(ids), run.name
+    for row in rows:
+        if row["status"] in ("rendered", "skipped"):
+            assert facts_of_clip(row) == facts_of_clip(by_key[row["content_key"]]), f"{row['id']} of {run.name}"
+
+
+def facts_of_clip(row: dict[str, Any]) -> tuple[str, str, int]:
+    return Path(row["uri"]).name, row["sha256"], row["size_bytes"]
+
+
 def check_commits(output: Path) -> None:
     named: set[str] = set()
+    thumbnails: set[str] = set()
     for record in records_of(output):
         video = output / "videos" / Path(record["uri"]).name
         assert hashlib.sha256(video.read_bytes()).hexdigest() == record["sha256"]
         assert video.stat().st_size == record["size_bytes"]
         assert decoded_frames(video) == record["num_frames"]
-        assert (output / "thumbnails" / Path(record["thumbnail_uri"]).name).is_file()
         named.add(video.name)
+        thumbnails.add(Path(record["thumbnail_uri"]).name)
     assert {path.name for path in (output / "videos").iterdir()} == named
+    assert {path.name for path in (output / "thumbnails").iterdir()} == thumbnails
+    assert not list((output / "commits").glob("*.unreadable"))
 
 
 def decoded_frames(video: Path) -> int:
@@ -98,7 +116,18 @@ def decoded_frames(video: Path) -> int:
 
 
 def check_nothing_was_done_twice(output: Path) -> None:
-    """A device that begins to denoise for a row after its record was finished does again what is done."""
+    """A device that begins to denoise for a row after its record was finished does again what is done.
+
+    A record that was replaced no longer says that it was there, but the log of its run still does.
+    """
+    rendered_by: dict[str, str] = {}
+    for run in runs_of(output):
+        rows = [event["row"] for event in events_of(run) if event["event"] == "rendered"]
+        for key in (row["content_key"] for row in rows if row["rendered_by_run"] == run.name):
+            assert key not in rendered_by, f"{key} was rendered by {rendered_by[key]} and again by {run.name}"
+            rendered_by[key] = run.name
+    run_of_record = {record["key"]: record["run_id"] for record in records_of(output)}
+    assert rendered_by == {key: run_of_record.get(key) for key in rendered_by}
     finished_ns = {
         record["id"]: datetime.fromisoformat(record["finished_at"]).timestamp() * 1e9 for record in records_of(output)
     }

@@ -173,3 +173,21 @@ def test_a_torn_index_costs_reads_and_nothing_else(assets: AssetStore, scratch: 
     assets.compact("run-1")
     assets.store.write(f"{INDEX}/run-1-00000.parquet", b"PAR1")
     assert set(assets.committed([KEY])) == {KEY}
+
+
+@pytest.mark.parametrize("is_readable", [True, False], ids=["whole", "unreadable"])
+def test_a_clip_that_was_removed_and_rendered_again_is_done_whatever_index_has_the_last_name(
+    assets: AssetStore, scratch: Path, is_readable: bool
+) -> None:
+    """Index files are read by their names, and `nightly` sorts behind every run that is named by its date."""
+    gone = published(assets, scratch, b"first")
+    assets.commit(KEY, gone)
+    if not is_readable:
+        assets.store.write(f"commits/{KEY}.json", b"half of")
+    assets.compact("nightly")
+    assets.store.delete(f"commits/{KEY}.json")
+    assets.store.delete("videos/a.123.mp4")
+    again = published(assets, scratch, b"rendered again")
+    assets.commit(KEY, again)
+    assets.compact("20261120")
+    assert {key: record["size_bytes"] for key, record in assets.committed({KEY}).items()} == {KEY: again["size_bytes"]}

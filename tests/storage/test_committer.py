@@ -141,3 +141,34 @@ def test_a_run_that_lost_the_output_writes_nothing_more(overwriting: Store) -> N
     first.update({"state": "finished"})
     assert first.fenced and overwriting.read("runs/run-1/run.json") == before
     assert close_dead_runs(overwriting, 32 * S, lambda price_id, ns: 0, "run-2") == []
+
+
+def test_a_driver_may_commit_while_it_holds_the_output_and_not_after_another_took_it(overwriting: Store) -> None:
+    first, second = RunFolder(overwriting, "run-1"), RunFolder(overwriting, "run-2")
+    first.open(FACTS, 0)
+    first.require_output(20 * S)
+    assert json.loads(overwriting.read(COMMITTER) or b"")["renewed_ns"] == 0, "looking is enough"
+    elsewhere(overwriting)
+    second.open(FACTS, 31 * S)
+    with pytest.raises(WorkerLost, match="was taken over by run run-2"):
+        first.require_output(20 * S)
+    assert first.fenced
+    second.close()
+    with pytest.raises(WorkerLost, match="was taken over by another driver"):
+        Committer.require(first._committer, 33 * S)  # type: ignore[arg-type]
+
+
+def test_a_hold_that_ran_out_while_the_store_was_away_is_taken_again_before_a_commit(overwriting: Store) -> None:
+    folder = RunFolder(overwriting, "run-1")
+    folder.open(FACTS, 0)
+    begin_s = time.monotonic()
+    folder.require_output(40 * S)
+    assert time.monotonic() - begin_s >= SETTLE_S
+    assert json.loads(overwriting.read(COMMITTER) or b"")["expires_ns"] == 70 * S
+
+
+def test_of_an_output_with_conditional_puts_nothing_is_held(tmp_path: Path) -> None:
+    folder = RunFolder(LocalStore(tmp_path), "run-1")
+    folder.open(FACTS, 0)
+    folder.require_output(10**9 * S)
+    folder.close()

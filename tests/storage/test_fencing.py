@@ -16,9 +16,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import UsageError, WorkerLost
-from pipeline.storage import leases, object_store
+from pipeline.storage import leases
 from pipeline.storage.local_store import LocalStore
-from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.object_store import _PROBE, ObjectStore
+from pipeline.storage.processes import writer
 from pipeline.storage.runs import RunFolder, close_dead_runs, lease_name, read_run
 from pipeline.storage.store import Store, open_store
 from pipeline.storage.tables import read_ledger
@@ -214,12 +215,15 @@ def test_a_store_that_does_not_list_uploads_is_used_without(
     assert "abandoned uploads were not swept" in caplog.text
 
 
-def test_a_probe_that_a_killed_driver_left_is_swept_when_it_is_old(bucket: str) -> None:
-    store = ObjectStore(bucket)
-    for begun_ns in (5, 50):
-        store.write(f"_attempts/{object_store._PROBE_PREFIX}{begun_ns}-abc", b"first")
+def test_a_probe_that_a_killed_driver_left_is_swept_at_once_or_from_elsewhere_when_it_is_old(bucket: str) -> None:
+    store, mine = ObjectStore(bucket), writer()
+    killed = f"{mine.rpartition('-')[0]}-0"
+    stays = {f"{mine}{_PROBE}50-a": True, f"{killed}{_PROBE}50-b": False, f"elsewhere-1-0{_PROBE}50-c": True,
+             f"elsewhere-1-0{_PROBE}5-d": False}  # fmt: skip
+    for name in stays:
+        store.write(f"_attempts/{name}", b"first")
     store.sweep(10)
-    assert list(store.sizes("_attempts")) == [f"{object_store._PROBE_PREFIX}50-abc"]
+    assert {name: name in store.sizes("_attempts") for name in stays} == stays
 
 
 def test_two_leases_of_one_process_differ() -> None:
