@@ -42,11 +42,12 @@ def give_up_all(places: Iterable[Any], timeout_s: float) -> None:
         give_up(place)
 
 
-def capacity(plan: WorkerPlan, draining: Mapping[str, int]) -> int:
-    """How many gangs the nodes of the cluster hold, were they empty; at least one is always asked for."""
+def capacity(plan: WorkerPlan, draining: Mapping[str, int], spoilt: Mapping[str, int]) -> int:
+    """How many gangs the nodes of the cluster hold, were they empty; of each node `spoilt` places cannot be used."""
     per_gang = plan.amount * plan.num_ranks
-    totals = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    return max(1, sum(int(total.get(plan.resource, 0.0) / per_gang + 1e-9) for total in totals))
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    places = [(node["NodeID"], int(node["Resources"].get(plan.resource, 0.0) / per_gang + 1e-9)) for node in nodes]
+    return sum(max(0, num_places - spoilt.get(node_id, 0)) for node_id, num_places in places)
 
 
 def nodes_now() -> list[Node]:

@@ -47,15 +47,15 @@ class Freed:
 
 @dataclass(frozen=True)
 class WorkerBroken:
-    """A worker could not be set up, or there is none left: the job cannot go on."""
+    """The job cannot go on: no worker can be set up, or none finds a place that can be used."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
 class Held:
-    """An item in the hands of a worker since `since_ns`. With `is_suspect` the device worked for it, or nothing else
-    was in the worker's hands, so it may have caused what happened to the worker."""
+    """An item in the hands of a worker since `since_ns` (UTC). With `is_suspect` it was there alone, so it may have
+    caused what happened to the worker; of several nobody knows which did."""
 
     item: WorkItem
     since_ns: int

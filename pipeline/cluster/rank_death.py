@@ -15,6 +15,8 @@ _PREEMPTED = 3
 def loss_by(error: BaseException, group: WorkerGroup, rank: Rank) -> Loss:
     """What the failure of a call to `rank` means for its group."""
     if isinstance(error, RayTaskError):
+        if rank.is_ready:
+            return Loss(f"{group.name_of(rank)}: {_cause_of(error)}")
         failure = _setup_failure(rank.gpu_id, error)
         return Loss(str(failure), error=failure)
     fault = Preempted if _was_preempted(error, group.node_id) else WorkerLost

@@ -28,7 +28,8 @@ class RankLedger:
             return
         self._closed.extend(closed)
         self._closed_to_ns = max([self._closed_to_ns, *(entry.t1_ns for entry in closed)])
-        self._running = running
+        # An answer to an earlier question may come after the last report.
+        self._running = running if self.seat.released_ns is None else None
         if released_ns is not None:
             self.seat = replace(self.seat, released_ns=released_ns)
 

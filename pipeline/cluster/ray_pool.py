@@ -16,19 +16,20 @@ from typing import Any
 
 import ray
 
-from pipeline.cluster import placement
 from pipeline.cluster.group_start import GroupStart
 from pipeline.cluster.node_watch import NodeWatch
-from pipeline.cluster.pool import Finished, Freed, Noted, PoolEvent, WorkerBroken, WorkerFactory, WorkerGone
+from pipeline.cluster.pool import Finished, Freed, Held, Noted, PoolEvent, WorkerBroken, WorkerFactory, WorkerGone
+from pipeline.cluster.pool_ledger import PoolLedger
 from pipeline.cluster.rank_death import loss_by
-from pipeline.cluster.rank_ledger import RankLedger
 from pipeline.cluster.rank_report import Report
 from pipeline.cluster.ray_session import RaySession
+from pipeline.cluster.restarts import Restarts
+from pipeline.cluster.room import Room
 from pipeline.cluster.teardown import Teardown, TornDown
 from pipeline.cluster.worker_group import POLL_S, Loss, Rank, WorkerGroup
 from pipeline.cluster.worker_plan import WorkerPlan
-from pipeline.errors import PipelineError, WorkerLost
-from pipeline.records.outcome import LedgerEntry, WorkerSeat
+from pipeline.errors import Cancelled, PipelineError, Preempted, WorkerLost
+from pipeline.records.outcome import Failed, LedgerEntry, WorkerSeat
 from pipeline.records.work import WorkItem
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ MAX_ANSWERS_PER_S = 200.0
 # Placing a gang takes the driver's thread some milliseconds.
 MAX_ASKED_AT_ONCE = 16
 CHECK_EVERY_S = 0.25
-COUNT_NODES_EVERY_S = 5.0
 # What an actor may take for its last report: a stop that is in a hurry, and one that waits for the worker's thread.
 HURRY_S, PATIENCE_S = 0.6, 12.0
 GONE_S = 0.3
@@ -49,25 +49,23 @@ class RayPool:
 
     def __init__(self, factory: WorkerFactory, plan: WorkerPlan, now_ns: Callable[[], int]) -> None:
         self._plan = plan
-        self._starter = GroupStart(factory, plan, now_ns, self._ask, self._note_place, self._note_seat, self._begun)
+        self._ledger = PoolLedger(now_ns)
+        self._starter = GroupStart(factory, plan, now_ns, self._ask, self._note_place, self._ledger.add, self._begun)
         self._now_ns = now_ns
         self._session = RaySession(plan.start_timeout_s)
-        self._is_up = self._is_started = self._is_over = self._is_draining = self._has_warned = False
+        self._is_up = self._is_started = self._is_over = self._is_draining = False
         self._groups: dict[str, WorkerGroup] = {}
         self._free: dict[str, WorkerGroup] = {}
         # Ended or being ended; each holds its place until it is torn down.
         self._leaving: dict[str, WorkerGroup] = {}
-        self._ledgers: dict[str, RankLedger] = {}
-        self._running: dict[str, LedgerEntry] = {}
-        self._closed: list[LedgerEntry] = []
-        self._seats: list[WorkerSeat] = []
         self._events: deque[PoolEvent] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._teardown: Teardown | None = None
         self._watch = NodeWatch(lambda draining: self._inbox.put(partial(self._note_drains, draining)))
         self._draining: dict[str, int] = {}
-        self._num_asked = self._num_wanted = self._num_spare = self._most = 0
-        self._check_at_s = self._count_at_s = 0.0
+        self._room, self._restarts = Room(plan), Restarts()
+        self._num_asked = self._num_wanted = self._num_spare = 0
+        self._check_at_s = 0.0
 
     def start(self) -> None:
         self._is_started = True
@@ -91,7 +89,10 @@ class RayPool:
 
     def cancel(self, item: WorkItem) -> None:
         for group in self._groups.values():
-            if any((held.item.key, held.item.attempt) == (item.key, item.attempt) for held in group.held()):
+            waiting = group.withdraw(item)
+            if waiting is not None:
+                self._hand_back(waiting, Cancelled("given up before its start, as the driver asked"))
+            elif any((held.item.key, held.item.attempt) == (item.key, item.attempt) for held in group.held()):
                 for rank in group.ranks:
                     self._ask(group, rank, rank.actor.cancel.remote(item))
 
@@ -99,7 +100,7 @@ class RayPool:
         self._is_draining = True
         for group in self._groups.values():
             for rank in group.ranks:
-                if rank.is_ready:
+                if rank.has_begun:
                     self._ask(group, rank, rank.actor.drain.remote())
 
     def next_event(self, timeout_s: float) -> PoolEvent | None:
@@ -116,14 +117,10 @@ class RayPool:
         return self._events.popleft() if self._events else None
 
     def seats(self) -> list[WorkerSeat]:
-        return self._seats
+        return self._ledger.seats
 
     def take_ledger(self) -> tuple[list[LedgerEntry], list[LedgerEntry]]:
-        closed, self._closed = self._closed, []
-        ranks = [rank for group in self._leaving.values() for rank in group.ranks]
-        now_ns = self._now_ns()
-        ending = [rank.ledger.running(now_ns) for rank in ranks if rank.ledger is not None]
-        return closed, [*self._running.values(), *(entry for entry in ending if entry is not None)]
+        return self._ledger.take(self._leaving.values())
 
     def stop(self, *, abandon: bool) -> None:
         """Take the last reports, end every actor and see that its process is gone; then leave Ray."""
@@ -131,9 +128,9 @@ class RayPool:
         self._watch.stop()
         self._take_last_reports(HURRY_S if abandon else PATIENCE_S, abandon)
         if self._teardown is not None:
-            self._teardown.stop(self._leaving.values(), GONE_S)
+            self._teardown.stop([*self._leaving.values(), *self._room.spoilt], GONE_S)
         for group in self._leaving.values():
-            self._release(group)
+            self._ledger.release(group)
         self._session.close(abandon=abandon)
 
     def _take_last_reports(self, timeout_s: float, abandon: bool) -> None:
@@ -161,7 +158,7 @@ class RayPool:
         if time.monotonic() >= self._check_at_s:
             self._check_at_s = time.monotonic() + CHECK_EVERY_S
             self._balance()
-            self._check_places()
+            self._room.check(self._groups.values(), time.monotonic(), is_any_leaving=bool(self._leaving))
             for group in list(self._groups.values()):
                 self._look_at(group)
             for group in self._leaving.values():
@@ -186,14 +183,12 @@ class RayPool:
         that comes later costs more than twice what a prophet would pay.
         """
         now_s = time.monotonic()
-        if now_s >= self._count_at_s:
-            self._count_at_s = now_s + COUNT_NODES_EVERY_S
-            self._most = self._plan.num_workers or placement.capacity(self._plan, self._draining)
+        most = self._room.most(self._draining, now_s)
         staying = [group for group in self._groups.values() if not group.is_draining]
         num_ending = sum(1 for group in self._leaving.values() if not group.is_draining)
-        target = min(self._num_wanted, self._most)
-        num_missing = min(target - len(staying), self._most - len(staying) - num_ending)
-        for _ in range(min(num_missing, MAX_ASKED_AT_ONCE)):
+        target = min(self._num_wanted, most)
+        num_missing = min(target - len(staying), most - len(staying) - num_ending)
+        for _ in range(min(num_missing, MAX_ASKED_AT_ONCE) if self._restarts.may_start(now_s) else 0):
             group = self._starter.start(self._num_asked)
             self._num_asked += 1
             self._groups[group.group_id] = group
@@ -224,14 +219,12 @@ class RayPool:
     def _note_place(self, group: WorkerGroup) -> None:
         assert self._teardown is not None and group.node_id is not None, "it was greeted"
         self._teardown.prepare(group.node_id)
+        self._room.move(time.monotonic())
         if group.node_id in self._draining:
             self._note_drains(self._draining)
 
-    def _note_seat(self, ledger: RankLedger) -> None:
-        self._ledgers[ledger.seat.gpu_id] = ledger
-        self._note_seats()
-
     def _begun(self, group: WorkerGroup, rank: Rank) -> None:
+        rank.has_begun = True
         if self._is_draining:
             self._ask(group, rank, rank.actor.drain.remote())
         self._poll(group, rank, 0.0)
@@ -250,15 +243,12 @@ class RayPool:
             self._end_if_silent(group)
 
     def _take(self, group: WorkerGroup, rank: Rank, report: Report) -> None:
-        assert rank.ledger is not None, "it had a seat before its worker"
-        rank.ledger.take(report.closed, report.running, report.released_ns)
-        self._closed += rank.ledger.take_closed()
-        if report.running is not None and not group.is_leaving:
-            self._running[rank.gpu_id] = report.running
+        self._ledger.hear(rank, report, is_leaving=group.is_leaving)
         was_ready = group.is_ready
         group.hear(rank, report, time.monotonic())
         if group.is_ready and not was_ready and not group.is_leaving:
             seconds = time.monotonic() - group.asked_s
+            self._restarts.worker_ready()
             self._note("worker_ready", group, seconds=round(seconds, 3), start_s=round(group.ready_after_s, 3))
         self._look_at(group)
 
@@ -272,9 +262,10 @@ class RayPool:
         if loss is not None:
             self._lose(group, loss)
             return
-        waiting = group.next_waiting()
-        if waiting is not None:
-            self._send(group, waiting, ())
+        if group.is_draining and (waiting := group.withdraw()) is not None:
+            self._hand_back(waiting, Preempted(f"{group.group_id}: its node is being taken away"))
+        elif (next_up := group.next_waiting()) is not None:
+            self._send(group, next_up, ())
         if group.is_free and group.group_id not in self._free:
             self._free[group.group_id] = group
             self._events.append(Freed())
@@ -288,20 +279,30 @@ class RayPool:
     def _lose(self, group: WorkerGroup, loss: Loss) -> None:
         """A rank is lost, or as good as lost: so is its worker, at once."""
         self._retire(group)
-        for rank in group.ranks:
-            if rank.ledger is not None:
-                rank.ledger.lose(self._now_ns())
-                self._closed += rank.ledger.take_closed()
-        held = group.held()
-        self._events.append(
-            WorkerBroken(loss.error) if loss.error is not None else WorkerGone(loss.cause, held, loss.fault)
-        )
+        self._ledger.lose(group)
+        self._events.append(self._verdict(group, loss))
+        if not group.is_ready:
+            self._restarts.worker_lost(time.monotonic())
         self._end_group(group)
+
+    def _verdict(self, group: WorkerGroup, loss: Loss) -> WorkerBroken | WorkerGone:
+        """If the job can go on without the worker."""
+        if loss.error is not None:
+            others_start = any(other.is_placed for other in self._groups.values())
+            if self._restarts.ends_job(loss.error, others_start=others_start):
+                return WorkerBroken(loss.error)
+            if not isinstance(loss.error, PipelineError):
+                log.warning("%s could not be set up", group.group_id, exc_info=loss.error)
+        return WorkerGone(loss.cause, group.held(), loss.fault)
+
+    def _hand_back(self, held: Held, error: PipelineError) -> None:
+        """An item ends without having been anywhere but here."""
+        fault = type(error).__name__
+        self._events.append(Finished(Failed(held.item, fault, str(error), fault, held.since_ns, self._now_ns())))
 
     def _retire(self, group: WorkerGroup) -> None:
         group.is_leaving = True
-        for rank in group.ranks:
-            self._running.pop(rank.gpu_id, None)
+        self._ledger.retire(group)
         del self._groups[group.group_id]
         self._free.pop(group.group_id, None)
         self._leaving[group.group_id] = group
@@ -325,7 +326,7 @@ class RayPool:
     def _take_leave(self, group: WorkerGroup, rank: Rank, report: Report) -> None:
         rank.is_awaited = False
         self._take(group, rank, report)
-        self._note_seats()
+        self._ledger.note_seats()
         self._end_if_silent(group)
 
     def _end_if_silent(self, group: WorkerGroup) -> None:
@@ -341,7 +342,8 @@ class RayPool:
 
     def _torn_down(self, done: TornDown) -> None:
         group, self._check_at_s = done.group, 0.0
-        self._release(group)
+        self._room.move(time.monotonic())
+        self._ledger.release(group)
         del self._leaving[group.group_id]
         if not group.is_placed:
             return
@@ -352,20 +354,20 @@ class RayPool:
             memory_free_s=None if cleared is None or cleared.memory_free_s is None else round(cleared.memory_free_s, 3),
         )  # fmt: skip
         if done.trouble is not None:
-            self._events.append(WorkerBroken(WorkerLost(done.trouble)))
+            self._spoil(group, done.trouble, done.remains)
 
-    def _release(self, group: WorkerGroup) -> None:
-        """Its place is free: the ledgers of its ranks end."""
-        for rank in group.ranks:
-            if rank.ledger is not None:
-                rank.ledger.release(self._now_ns())
-                self._closed += rank.ledger.take_closed()
-        self._note_seats()
+    def _spoil(self, group: WorkerGroup, trouble: str, remains: Mapping[str, Any]) -> None:
+        """Something of the worker is still at its place: what would be started there meets it."""
+        self._room.spoil(group)
+        self._note("place_spoilt", group, node=group.node_id, trouble=trouble, **remains)
+        if not any(other.is_placed for other in self._groups.values()) and self._room.is_none_left(self._draining):
+            self._events.append(WorkerBroken(WorkerLost(trouble)))
 
     def _note_drains(self, draining: Mapping[str, int]) -> None:
         """Workers on nodes that are about to go finish what they have and take nothing more."""
         news = [node_id for node_id in draining if node_id not in self._draining]
-        self._draining, self._count_at_s = dict(draining), 0.0
+        self._draining = dict(draining)
+        self._room.count_again()
         for group in self._groups.values():
             until_ms = draining.get(group.node_id or "")
             if until_ms is not None:
@@ -377,21 +379,5 @@ class RayPool:
             left_s = round(draining[node_id] / 1e3 - time.time(), 1) if draining[node_id] else None
             self._events.append(Noted("node_draining", {"node": node_id, "left_s": left_s, "groups": groups}))
 
-    def _check_places(self) -> None:
-        """If no worker found a place in time the job ends. If some did it goes on, and the others may still come."""
-        late_s = time.monotonic() - self._plan.start_timeout_s
-        late = [group for group in self._groups.values() if not group.is_placed and group.asked_s < late_s]
-        if not late or (self._has_warned and len(late) < len(self._groups)):
-            return
-        shortage = placement.shortage(self._plan, len(late), len(self._groups), placement.nodes_now())
-        if len(late) == len(self._groups):
-            raise PipelineError(shortage)
-        self._has_warned = True
-        log.warning("going on with fewer workers: %s", shortage)
-
     def _note(self, event: str, group: WorkerGroup, **facts: Any) -> None:
         self._events.append(Noted(event, {"group": group.group_id, **facts}))
-
-    def _note_seats(self) -> None:
-        """Always a new list: who compares it with the last one must see a change."""
-        self._seats = [ledger.seat for ledger in self._ledgers.values()]

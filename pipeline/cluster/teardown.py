@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -46,6 +46,13 @@ class TornDown:
             gpus = "; ".join(map(_still_holds, self.cleared.held))
             return f"{self.group.group_id} was ended, and {FREE_S:g} s later {gpus}; end what holds it, then run again"
         return None
+
+    @property
+    def remains(self) -> dict[str, Any]:
+        """What is still there, for the event log."""
+        assert self.cleared is not None, "there is trouble"
+        gpus = [{"gpu": of.gpu.uuid, "held_bytes": of.gpu.used_bytes, "pids": of.pids} for of in self.cleared.held]
+        return {"alive": self.cleared.alive, "gpus": gpus}
 
 
 class NodeAgents:
@@ -141,9 +148,11 @@ class Teardown:
         cleared = self._agents.clear(group, self._is_over)
         if self._is_over.is_set():
             return
-        with suppress(RayError):
-            give_up(group.place)
-        self._on_done(TornDown(group, cleared, time.monotonic() - asked_s))
+        done = TornDown(group, cleared, time.monotonic() - asked_s)
+        if done.trouble is None:
+            with suppress(RayError):
+                give_up(group.place)
+        self._on_done(replace(done, place_free_s=time.monotonic() - asked_s))
 
 
 def _still_holds(held: HeldMemory) -> str:

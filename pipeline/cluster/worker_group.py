@@ -14,7 +14,7 @@ from pipeline.cluster.pool import Held
 from pipeline.cluster.rank_ledger import RankLedger
 from pipeline.cluster.rank_report import Hello, Report, Sign
 from pipeline.cluster.worker_plan import WorkerPlan
-from pipeline.errors import Hang, Preempted, WorkerLost
+from pipeline.errors import Hang, PipelineError, Preempted, WorkerLost
 from pipeline.planning.policy import silence_limit_s
 from pipeline.records.gang import Member
 from pipeline.records.outcome import Outcome, WorkerSeat
@@ -29,7 +29,7 @@ LAST_MOMENT_S = 2.0
 
 @dataclass(frozen=True)
 class Loss:
-    """Why a worker is given up. With `error` it could not be set up, and the job cannot go on."""
+    """Why a worker is given up. With `error`, that is what one of its ranks met before the worker was ready."""
 
     cause: str
     fault: str = WorkerLost.__name__
@@ -47,6 +47,8 @@ class Rank:
     pinged_ns: int = 0
     pings: list[tuple[int, int]] = field(default_factory=list)
     ledger: RankLedger | None = None
+    # Its process builds, or has, its worker: from then on it reports.
+    has_begun: bool = False
     is_ready: bool = False
     is_free: bool = False
     num_taken: int = 0
@@ -84,7 +86,7 @@ class WorkerGroup:
         self.agreement = Agreement(plan.num_ranks)
         self._plan = plan
         self._num_handed_in = 0
-        # Its ranks build, or have, their worker: from then on they report.
+        # Its ranks were asked to build their worker.
         self.has_begun = False
         self._setup_error: tuple[BaseException, float] | None = None
         self._lost_by_error: str | None = None
@@ -114,9 +116,9 @@ class WorkerGroup:
     @property
     def is_saying_farewell(self) -> bool:
         """If a rank was asked for its last report, and that or the one before is outstanding."""
-        return any(rank.is_awaited for rank in self.ranks) or (
-            not self.is_ended and self.has_begun and any(rank.due_s is not None for rank in self.ranks)
-        )
+        if self.is_ended:
+            return False
+        return any(rank.is_awaited or (self.has_begun and rank.due_s is not None) for rank in self.ranks)
 
     @property
     def ready_after_s(self) -> float:
@@ -165,6 +167,16 @@ class WorkerGroup:
         self.agreement.hand_in(item, now_ns)
         return True
 
+    def withdraw(self, item: WorkItem | None = None) -> Held | None:
+        """Give back the item that waits to be alone; with `item`, only if that is the one. Its ranks never had it."""
+        if self._waiting is None:
+            return None
+        waiting = InHand(*self._waiting)
+        if item is not None and not waiting.is_of(item):
+            return None
+        self._waiting = None
+        return Held(waiting.item, waiting.since_ns, is_suspect=False)
+
     def next_waiting(self) -> WorkItem | None:
         """The item that waited to be alone, once it can start; it is in the worker's hands from now on."""
         if self._waiting is None or self.agreement.held or not self.agreement.is_at_one or self._busy_ranks():
@@ -180,11 +192,18 @@ class WorkerGroup:
         for outcome in report.outcomes:
             self.agreement.hear(rank.index, outcome, now_s)
         if report.error is not None and not was_ready:
-            self._setup_error = self._setup_error or (report.error, now_s)
+            self._note_setup_error(report.error, now_s)
         elif report.error is not None:
             self._lost_by_error = f"{self.name_of(rank)}: {type(report.error).__name__}: {_first_line(report.error)}"
         if self.is_ready and not was_ready:
             self._ready_s = self._idle_since_s = now_s
+
+    def _note_setup_error(self, error: BaseException, now_s: float) -> None:
+        """The first one counts, but for what its siblings meet when a rank gives up: that says nothing of the cause."""
+        if self._setup_error is None:
+            self._setup_error = (error, now_s)
+        elif isinstance(error, PipelineError) and not isinstance(self._setup_error[0], PipelineError):
+            self._setup_error = (error, self._setup_error[1])
 
     def conclude(self, now_s: float) -> list[Outcome]:
         """The items it has ended, each with what became of it."""
@@ -224,7 +243,7 @@ class WorkerGroup:
             if any(sign.silent_s > limit_s for _, sign in signs):
                 # The others wait for the one that is least far; or for one that does not even answer.
                 rank, _ = min(signs, key=lambda of: (not self._is_overdue(of[0], now_s), of[1].beat.count))
-                return self._hung(rank, f"gave no sign of life for {limit_s:g} s{self._where(rank)}")
+                return self._hung(rank, f"gave no sign of life for {limit_s:g} s{_where_in(rank, entry.item)}")
         return None
 
     def _hung(self, rank: Rank, how: str) -> Loss:
@@ -232,11 +251,8 @@ class WorkerGroup:
 
     def _where(self, rank: Rank) -> str:
         """Where the rank was when it was last heard of."""
-        for entry in reversed(self.agreement.held):
-            sign = rank.sign_of(entry.item)
-            if sign is not None:
-                return f' after {_step(sign.beat)} of row "{entry.item.request.id}"'
-        return "" if self.is_ready else " while it loaded"
+        where = (_where_in(rank, entry.item) for entry in reversed(self.agreement.held))
+        return next((found for found in where if found), "" if self.is_ready else " while it loaded")
 
     def name_of(self, rank: Rank) -> str:
         return f"{rank.gpu_id} (rank {rank.index} of {self.group_id})"
@@ -254,6 +270,11 @@ class WorkerGroup:
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
+
+
+def _where_in(rank: Rank, item: WorkItem) -> str:
+    sign = rank.sign_of(item)
+    return "" if sign is None else f' after {_step(sign.beat)} of row "{item.request.id}"'
 
 
 def _step(beat: Beat) -> str:

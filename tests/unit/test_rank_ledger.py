@@ -59,3 +59,12 @@ def test_a_rank_that_never_reported_is_unknown_from_its_birth() -> None:
     ledger.lose(3 * S)
     ledger.release(3 * S)
     assert states(ledger) == [("unknown", 0, 3)]
+
+
+def test_an_answer_that_comes_after_the_last_report_is_booked_but_nothing_runs_any_more() -> None:
+    ledger, running = reporting()
+    ledger.take((entry("idle", 6, 8),), None, 8 * S)
+    ledger.take((entry("denoise", 2, 6, "row-0", 1),), running, None)
+    assert ledger.running(9 * S) is None
+    booked = sorted(ledger.take_closed(), key=lambda e: e.t0_ns)
+    assert [(e.state, e.t0_ns / S, e.t1_ns / S) for e in booked][-2:] == [("denoise", 2, 6), ("idle", 6, 8)]

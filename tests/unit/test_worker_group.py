@@ -12,6 +12,7 @@ from pipeline.cluster.rank_report import Hello, Report, Sign
 from pipeline.cluster.worker_group import LAST_MOMENT_S, Rank, WorkerGroup
 from pipeline.cluster.worker_plan import WorkerPlan
 from pipeline.cost.pricing import UnitPrice
+from pipeline.errors import CheckpointMismatch
 from pipeline.records.work import WorkItem
 from tests.unit.makers import item, rendered
 
@@ -68,6 +69,38 @@ def test_an_item_that_is_to_be_alone_waits_for_what_is_still_being_finished() ->
     assert [(held.item.request.id, held.is_suspect) for held in group.held()] == [("row-1", True)]
 
 
+def test_an_item_that_waits_to_be_alone_is_given_back_once_and_its_worker_is_free_again() -> None:
+    group, first, second = ready(), item(0), replace(item(1), alone=True)
+    group.take(first, 0)
+    for rank in group.ranks:
+        group.hear(rank, replace(IDLE, num_taken=1), 6.0)
+    group.take(second, 1)
+    assert group.withdraw(first) is None, "its ranks have it"
+    withdrawn = group.withdraw(second)
+    assert withdrawn is not None and (withdrawn.item, withdrawn.since_ns) == (second, 1)
+    assert group.withdraw() is None and group.next_waiting() is None and group.is_free
+
+
+def test_an_item_that_is_only_being_finished_is_judged_by_its_own_signs() -> None:
+    group, older, newer = ready(), item(0), item(1)
+    group.take(older, 0)
+    group.take(newer, 1)
+    signs = (Sign(older.key, 1, Beat(31, "encode"), 61.0), Sign(newer.key, 1, Beat(9, "denoise", 8, 30), 0.1))
+    group.hear(group.ranks[0], replace(IDLE, num_taken=2, is_free=False, signs=signs), 100.0)
+    loss = group.loss(100.0)
+    assert loss is not None and loss.cause == (
+        'cpu-0 (rank 0 of group-0) gave no sign of life for 60 s after encode of row "row-0"'
+    )
+
+
+def test_a_worker_that_was_ended_says_no_farewell_any_more() -> None:
+    group = ready()
+    group.ranks[1].is_awaited = True
+    assert group.is_saying_farewell
+    group.is_ended = True
+    assert not group.is_saying_farewell
+
+
 def test_the_rank_that_is_least_far_is_the_one_that_hangs() -> None:
     group, work = ready(), item()
     group.take(work, 0)
@@ -112,6 +145,14 @@ def test_what_a_rank_meets_while_it_loads_is_held_back_until_a_siblings_death_wo
     group.hear(group.ranks[0], replace(IDLE, is_ready=False, error=error), 10.0)
     assert group.loss(10.5) is None
     loss = group.loss(11.5)
+    assert loss is not None and loss.error is error
+
+
+def test_what_a_rank_means_by_its_error_counts_more_than_what_its_siblings_meet() -> None:
+    group, error = group_of(), CheckpointMismatch("tensors differ")
+    group.hear(group.ranks[0], replace(IDLE, is_ready=False, error=RuntimeError("connection closed by peer")), 10.0)
+    group.hear(group.ranks[1], replace(IDLE, is_ready=False, error=error), 10.5)
+    loss = group.loss(11.1)
     assert loss is not None and loss.error is error
 
 

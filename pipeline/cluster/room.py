@@ -1,0 +1,72 @@
+"""How much room there is for workers: how many the cluster holds, which places are spoilt, if waiting is in vain."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from pipeline.cluster import placement
+from pipeline.cluster.worker_group import WorkerGroup
+from pipeline.cluster.worker_plan import WorkerPlan
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+
+COUNT_NODES_EVERY_S = 5.0
+
+
+class Room:
+    """Times are monotonic, in seconds."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        self._plan = plan
+        # Ended, but something of theirs is still there. They keep their places, so that Ray gives these to nobody.
+        self.spoilt: list[WorkerGroup] = []
+        self._most = 0
+        self._count_at_s = 0.0
+        self._moved_s = 0.0
+        self._has_warned = False
+
+    def most(self, draining: Mapping[str, int], now_s: float) -> int:
+        """How many workers there may be; at least one is always asked for. The nodes are counted now and then."""
+        if now_s >= self._count_at_s:
+            self._count_at_s = now_s + COUNT_NODES_EVERY_S
+            self._most = self._plan.num_workers or max(1, self._capacity(draining))
+        return self._most
+
+    def count_again(self) -> None:
+        """The nodes, or their places, are not what they were."""
+        self._count_at_s = 0.0
+
+    def move(self, now_s: float) -> None:
+        """A worker found a place or left one: whoever still waits has a new chance."""
+        self._moved_s = now_s
+
+    def spoil(self, group: WorkerGroup) -> None:
+        """The place of `group` must not be used again."""
+        self.spoilt.append(group)
+        self.count_again()
+
+    def is_none_left(self, draining: Mapping[str, int]) -> bool:
+        """If every place that the cluster has is spoilt."""
+        return bool(self.spoilt) and self._capacity(draining) == 0
+
+    def check(self, groups: Collection[WorkerGroup], now_s: float, *, is_any_leaving: bool) -> None:
+        """Raises PipelineError if nobody has a place, nobody is about to free one, and none came free for too long.
+
+        While some have one the job goes on, and the others may still come.
+        """
+        timeout_s = self._plan.start_timeout_s
+        late = [group for group in groups if not group.is_placed and now_s - group.asked_s > timeout_s]
+        nobody_has_one = len(late) == len(groups)
+        if not late or (is_any_leaving or now_s - self._moved_s <= timeout_s if nobody_has_one else self._has_warned):
+            return
+        shortage = placement.shortage(self._plan, len(late), len(groups), placement.nodes_now())
+        if nobody_has_one:
+            raise PipelineError(shortage)
+        self._has_warned = True
+        log.warning("going on with fewer workers: %s", shortage)
+
+    def _capacity(self, draining: Mapping[str, int]) -> int:
+        return placement.capacity(self._plan, draining, Counter(group.node_id or "" for group in self.spoilt))
