@@ -59,14 +59,17 @@ class Room:
         """
         timeout_s = self._plan.start_timeout_s
         late = [group for group in groups if not group.is_placed and now_s - group.asked_s > timeout_s]
-        nobody_has_one = len(late) == len(groups)
-        if not late or (is_any_leaving or now_s - self._moved_s <= timeout_s if nobody_has_one else self._has_warned):
+        if not late:
             return
-        shortage = placement.shortage(self._plan, len(late), len(groups), placement.nodes_now())
-        if nobody_has_one:
-            raise PipelineError(shortage)
-        self._has_warned = True
-        log.warning("going on with fewer workers: %s", shortage)
+        if any(group.is_placed for group in groups):
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning("going on with fewer workers: %s", self._shortage(len(late), len(groups)))
+        elif len(late) == len(groups) and not is_any_leaving and now_s - self._moved_s > timeout_s:
+            raise PipelineError(self._shortage(len(late), len(groups)))
+
+    def _shortage(self, num_late: int, num_asked: int) -> str:
+        return placement.shortage(self._plan, num_late, num_asked, placement.nodes_now())
 
     def _capacity(self, draining: Mapping[str, int]) -> int:
         return placement.capacity(self._plan, draining, Counter(group.node_id or "" for group in self.spoilt))

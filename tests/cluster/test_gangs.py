@@ -146,7 +146,7 @@ def test_a_gang_that_no_node_can_hold_is_a_clear_error(farm: NewFarm) -> None:
     assert "has 2 CPU (2 free)" in message
 
 
-def test_gpu_memory_that_a_lost_worker_left_held_ends_the_job_with_who_holds_it(
+def test_gpu_memory_that_a_lost_worker_left_held_at_the_only_place_ends_the_job_with_who_holds_it(
     farm: NewFarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used, nvidia_smi = tmp_path / "used", Path(os.environ["PATH"].partition(":")[0]) / "nvidia-smi"
@@ -170,4 +170,6 @@ def test_gpu_memory_that_a_lost_worker_left_held_ends_the_job_with_who_holds_it(
     assert isinstance(ending.stopped_by, WorkerLost) and ending.stopped_by.exit_code == 6
     message = str(ending.stopped_by)
     assert f"GPU GPU-a still holds {60000 * 2**20} bytes more than before it, held by process 4321" in message
+    (spoilt,) = this.facts("place_spoilt")
+    assert spoilt["gpus"] == [{"gpu": "GPU-a", "held_bytes": 60000 * 2**20, "pids": (4321,)}]
     assert [seat.gpu_id for seat in this.log.seats] == ["cuda-0"], "nothing was started in its place"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.errors import CheckpointMismatch, Interrupted, UnexpectedFailure, WorkerLost
+from pipeline.errors import CheckpointMismatch, Interrupted, StorageUnavailable, UnexpectedFailure, WorkerLost
 from tests.cluster import workers
 from tests.cluster.conftest import Farm, actor_pids, ending_rows
 
@@ -92,6 +92,15 @@ def test_a_bug_in_a_workers_set_up_crosses_the_border_with_its_traceback(farm: N
     ending = farm(["render 0.1"], workers.buggy, num_workers=1).run()
     assert isinstance(ending.stopped_by, UnexpectedFailure) and "ZeroDivisionError: oops" in str(ending.stopped_by)
     assert "in buggy" in "".join(getattr(ending.stopped_by.__cause__, "__notes__", []))
+
+
+@pytest.mark.parametrize("error", [StorageUnavailable("no route to the models"), RuntimeError("CUDA error")])
+def test_one_worker_that_cannot_be_set_up_is_replaced(farm: NewFarm, tmp_path: Path, error: Exception) -> None:
+    """Of nobody's errors that holds while another worker is on its way; alone it would be a bug."""
+    this = farm(["render 0.5"] * 4, workers.OnceBroken(tmp_path / "broken", error))
+    assert statuses(ending_rows(this.run())) == ["rendered"] * 4
+    (lost,) = this.facts("worker_lost")
+    assert lost["ids"] == [] and f"{type(error).__name__}: {error}" in lost["cause"]
 
 
 def test_workers_that_all_die_in_their_set_up_end_the_job_with_the_cause(farm: NewFarm) -> None:

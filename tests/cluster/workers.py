@@ -107,6 +107,21 @@ def buggy(meter: Meter, member: Member) -> ObedientWorker:
     raise ZeroDivisionError("oops")
 
 
+@dataclass(frozen=True)
+class OnceBroken:
+    """Makes obedient workers, but the first one, which leaves `path`, meets `error` in its set-up."""
+
+    path: Path
+    error: Exception
+
+    def __call__(self, meter: Meter, member: Member) -> ObedientWorker:
+        if not self.path.exists():
+            self.path.touch()
+            time.sleep(0.5)  # the others are on their way by then
+            raise self.error
+        return obedient(meter, member)
+
+
 def dying(meter: Meter, member: Member) -> ObedientWorker:
     os._exit(EXIT_STATUS)
 
