@@ -15,7 +15,16 @@ from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.pool import Finished, Freed, Held, Noted, Pool, PoolEvent, WorkerBroken, WorkerGone
 from pipeline.cluster.progress import Counts, Progress
 from pipeline.cost.allocation import GIVEN_UP
-from pipeline.errors import Hang, Interrupted, PipelineError, UnexpectedFailure, UsageError, WorkerLost
+from pipeline.errors import (
+    Cancelled,
+    Hang,
+    Interrupted,
+    PipelineError,
+    Preempted,
+    UnexpectedFailure,
+    UsageError,
+    WorkerLost,
+)
 from pipeline.planning.pace import Pace
 from pipeline.planning.policy import Admission, AfterFailure, CrashLoop, RowFailures, after_failure, retried
 from pipeline.planning.queue import WorkQueue
@@ -183,7 +192,8 @@ class Driver:
     def _apply(self, event: PoolEvent | None) -> None:
         match event:
             case Finished(outcome):
-                self._crashes.item_ended()
+                if not (isinstance(outcome, Failed) and outcome.fault in (Preempted.__name__, Cancelled.__name__)):
+                    self._crashes.item_ended()
                 self._books.count_spent()
                 self._settle(outcome)
                 self._books.flush_soon()

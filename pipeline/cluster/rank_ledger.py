@@ -20,14 +20,20 @@ class RankLedger:
         self._closed: list[LedgerEntry] = []
         self._running: LedgerEntry | None = None
         self._closed_to_ns = seat.acquired_ns
+        # Entries that came before those of an earlier report, by their begin: what lies between may never come.
+        self._ahead: dict[int, int] = {}
         self._lost_ns: int | None = None
+        self._is_over = False
 
     def take(self, closed: tuple[LedgerEntry, ...], running: LedgerEntry | None, released_ns: int | None) -> None:
-        """What the rank says; without effect once it is lost. `released_ns` comes with its last report."""
-        if self._lost_ns is not None:
+        """What the rank says; without effect once it is lost, or released here too. `released_ns` comes with its last
+        report."""
+        if self._lost_ns is not None or self._is_over:
             return
         self._closed.extend(closed)
-        self._closed_to_ns = max([self._closed_to_ns, *(entry.t1_ns for entry in closed)])
+        self._ahead |= {entry.t0_ns: entry.t1_ns for entry in closed}
+        while self._closed_to_ns in self._ahead:
+            self._closed_to_ns = self._ahead.pop(self._closed_to_ns)
         # An answer to an earlier question may come after the last report.
         self._running = running if self.seat.released_ns is None else None
         if released_ns is not None:
@@ -37,17 +43,20 @@ class RankLedger:
         """It can report no more: what it last said holds, then it is `unknown`, and from now on it is torn down."""
         if self._lost_ns is not None or self.seat.released_ns is not None:
             return
-        known_ns = self._closed_to_ns
         if self._running is not None:
             self._closed.append(self._running)
-            known_ns = self._running.t1_ns
+            self._ahead[self._running.t0_ns] = self._running.t1_ns
             self._running = None
-        self._lost_ns = max(known_ns, now_ns)
-        self._book("unknown", known_ns, self._lost_ns)
+        self._lost_ns = max([self._closed_to_ns, now_ns, *self._ahead.values()])
+        self._fill_up_to(self._lost_ns)
 
     def release(self, now_ns: int) -> None:
-        """Its place is free again."""
+        """Its place is free again. Of a rank that said its last, reports that did not come leave `unknown` time."""
+        if self._is_over:
+            return
+        self._is_over = True
         if self.seat.released_ns is not None:
+            self._fill_up_to(self.seat.released_ns)
             return
         self.lose(now_ns)
         assert self._lost_ns is not None, "lost just now, if not before"
@@ -65,6 +74,13 @@ class RankLedger:
         if self._lost_ns is None or self.seat.released_ns is not None:
             return self._running
         return self._entry("teardown", self._lost_ns, now_ns) if now_ns > self._lost_ns else None
+
+    def _fill_up_to(self, end_ns: int) -> None:
+        """Book as `unknown` what no entry covers up to `end_ns`."""
+        for t0_ns, t1_ns in (*sorted(self._ahead.items()), (end_ns, end_ns)):
+            self._book("unknown", self._closed_to_ns, t0_ns)
+            self._closed_to_ns = max(self._closed_to_ns, t1_ns)
+        self._ahead.clear()
 
     def _book(self, state: str, t0_ns: int, t1_ns: int) -> None:
         if t1_ns > t0_ns:

@@ -14,7 +14,7 @@ PRICE = UnitPrice("p", Decimal(3600))
 
 
 def states(ledger: RankLedger) -> list[tuple[str, float, float]]:
-    entries = ledger.take_closed()
+    entries = sorted(ledger.take_closed(), key=lambda e: e.t0_ns)
     assert all(a.t1_ns == b.t0_ns for a, b in pairwise(entries))
     assert entries[0].t0_ns == ledger.seat.acquired_ns and entries[-1].t1_ns == ledger.seat.released_ns
     return [(e.state, e.t0_ns / S, e.t1_ns / S) for e in entries]
@@ -68,3 +68,19 @@ def test_an_answer_that_comes_after_the_last_report_is_booked_but_nothing_runs_a
     assert ledger.running(9 * S) is None
     booked = sorted(ledger.take_closed(), key=lambda e: e.t0_ns)
     assert [(e.state, e.t0_ns / S, e.t1_ns / S) for e in booked][-2:] == [("denoise", 2, 6), ("idle", 6, 8)]
+
+
+def test_a_report_that_never_came_leaves_unknown_time_and_no_gap() -> None:
+    ledger, _ = reporting()
+    ledger.take((entry("upload", 6, 7), entry("teardown", 7, 8)), None, 8 * S)
+    ledger.release(9 * S)
+    ledger.take((entry("denoise", 2, 6),), None, None)  # too late to be booked
+    assert states(ledger)[2:] == [("unknown", 2, 6), ("upload", 6, 7), ("teardown", 7, 8)]
+
+
+def test_reports_out_of_their_order_are_one_partition() -> None:
+    ledger, _ = reporting()
+    ledger.take((entry("teardown", 6, 8),), None, 8 * S)
+    ledger.take((entry("denoise", 2, 6),), None, None)
+    ledger.release(9 * S)
+    assert [state for state, _, _ in states(ledger)] == ["provisioning", "weight_load", "denoise", "teardown"]
