@@ -35,7 +35,8 @@ def rebuild(store: Store, run_id: str) -> Rebuilt:
     """Read a run's tables and write its `report.html`; UsageError if there is no such run."""
     run = read_current(store, run_id)
     ledger = read_rows(store, f"runs/{run_id}/ledger", columns=_LEDGER_COLUMNS)
-    has_results = any(name.endswith(".parquet") for name in store.sizes(f"runs/{run_id}/results"))
+    # A run that was killed, or failed, while it wrote its results has some parts of them.
+    has_results = _is_closed(run) and any(name.endswith(".parquet") for name in store.sizes(f"runs/{run_id}/results"))
     results: Iterable[dict[str, Any]]
     if has_results:
         results = iter_rows(store, f"runs/{run_id}/results", columns=RESULTS_SCHEMA.names)
@@ -63,10 +64,15 @@ def _rows_from_events(store: Store, run_id: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["row_index"])
 
 
+def _is_closed(run: dict[str, Any]) -> bool:
+    """If the run came to its end by itself: its totals are final, which is said after its last row was written."""
+    return "not_started" in run["totals"]
+
+
 def _with_planned(counts: Counter[str], run: dict[str, Any]) -> dict[str, int]:
     """Rows by status of a run without results: what happened since, and what was known when it started."""
     totals = run["totals"]
-    if "not_started" not in totals:
+    if not _is_closed(run):
         counts["skipped"] += totals["skipped"]
         counts["not_started"] = totals["rows"] - counts.total()
     return {status: counts[status] for status in STATUSES}

@@ -23,7 +23,7 @@ from pipeline.storage.processes import writer, writer_is_gone
 
 T = TypeVar("T")
 # Errors of linking that mean "this disk cannot", after which a copy stands in.
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # What a disk behind a network says while it is away.
 _AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EAGAIN)
 
@@ -135,7 +135,7 @@ class LocalStore:
         return self._listed(folder, lambda entries: sorted(entry.name for entry in entries if entry.is_dir()))
 
     def delete(self, name: str) -> None:
-        (self._root / name).unlink(missing_ok=True)
+        self._try("deleting", name, lambda path: path.unlink(missing_ok=True))
 
     def delete_folder(self, folder: str) -> None:
         path = self._root / folder
@@ -153,9 +153,9 @@ class LocalStore:
         return True
 
     def scratch(self, run_id: str) -> Path:
-        folder = self._root / "_attempts" / run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        name = f"_attempts/{run_id}"
+        self._try("making", name, lambda path: path.mkdir(parents=True, exist_ok=True))
+        return self._root / name
 
     def _try(self, doing: str, name: str, call: Callable[[Path], T]) -> T:
         """Call until it succeeds or `patience` ends; only what a network disk says while it is away may pass."""

@@ -134,6 +134,8 @@ class RunFolder:
         if self._may_write():
             self._write_events()
             remove_attempts(self._store, self.run_id)
+            # A worker that was killed in the middle of a write left its half outside of its run's folder.
+            self._store.sweep(0)
             self._release_output()
 
     def _may_write(self) -> bool:

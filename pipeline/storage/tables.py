@@ -224,7 +224,7 @@ def iter_rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a table's folder in file order (only `columns` if given), maps as dicts, a row group at a time.
 
-    None if the folder is absent. The file `without` is left out.
+    No row if the folder is absent; UsageError if a file in it is no readable Parquet. The file `without` is left out.
     """
     for name in sorted(store.sizes(folder)):
         if not name.endswith(".parquet") or name == without:

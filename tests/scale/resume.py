@@ -23,6 +23,7 @@ from pipeline.storage.filesystem import local_path
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.models import fingerprint
 from pipeline.storage.object_store import LISTERS
+from pipeline.storage.patience import QUICK, Patience
 from pipeline.storage.store import Store
 
 PAGE_NAMES = 1_000
@@ -31,9 +32,12 @@ PAGE_NAMES = 1_000
 class SlowStore(LocalStore):
     """A disk that is asked as a bucket is: each request takes its time, also those that others wait for."""
 
-    def __init__(self, root: Path, request_s: float) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, request_s: float, *, patience: Patience = QUICK) -> None:
+        super().__init__(root, patience=patience)
         self._request_s = request_s
+
+    def with_patience(self, patience: Patience) -> SlowStore:
+        return SlowStore(self._root, self._request_s, patience=patience)
 
     def _wait(self, num_requests: int = 1) -> None:
         time.sleep(num_requests * self._request_s)
@@ -111,7 +115,7 @@ def main(request_s: float, argv: list[str]) -> dict[str, Any]:
     watch = Stopwatch()
     if request_s:
 
-        def open_slowly(uri: str) -> Store:
+        def open_slowly(uri: str, **settings: Any) -> Store:
             return SlowStore(local_path(uri), request_s)
 
         driver_side.open_store = open_slowly

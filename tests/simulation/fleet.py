@@ -41,6 +41,14 @@ class Weather:
     jitter: float = 0.05
 
 
+def harm_of(item: WorkItem, weather: Weather) -> str | None:
+    """What a row does to each worker that tries it; which rows do follows from their keys alone."""
+    seed = random.Random(item.key)
+    if seed.random() < weather.killers:
+        return "killer"
+    return "poison" if seed.random() < weather.poison else None
+
+
 @dataclass
 class Group:
     """One gang of GPUs, and what it does since when."""
@@ -56,6 +64,10 @@ class Group:
     # When what it does now began: the ledger is closed up to here.
     booked_s: float = 0.0
     released_s: float | None = None
+
+    def seat(self, rank: int) -> WorkerSeat:
+        asked_ns = round(self.asked_s * S)
+        return WorkerSeat("run-1", f"gpu-{self.number}-{rank}", "n", f"group-{self.number}", rank, asked_ns)
 
 
 @dataclass
@@ -104,14 +116,14 @@ class SimulatedPool:
         _, group = self._free.popitem()
         self._book(group, "idle", None)
         group.item, group.since_s = item, self.now_s
-        seed = random.Random(item.key)
+        harm = harm_of(item, self.weather)
         seconds = item.estimate.gpu_seconds * group.slowness * self.generator.lognormvariate(0, self.weather.jitter)
         born = group.born
-        if seed.random() < self.weather.killers:
+        if harm == "killer":
             self._at(
                 seconds / 2, lambda: self._if_same(group, born, lambda: self._lose(group, "segfault", "WorkerLost"))
             )
-        elif seed.random() < self.weather.poison:
+        elif harm == "poison":
             self._at(seconds / 2, lambda: self._if_same(group, born, lambda: self._fail(group, item)))
         elif self.generator.random() < self.weather.hangs:
             silent_s = silence_limit_s(item.estimate.longest_step_s, 60.0)
@@ -140,6 +152,7 @@ class SimulatedPool:
         return None
 
     def seats(self) -> list[WorkerSeat]:
+        """One of each group that lives."""
         return self._seats
 
     def take_ledger(self) -> tuple[list[LedgerEntry], list[LedgerEntry]]:
@@ -166,6 +179,7 @@ class SimulatedPool:
         group.booked_s = self.now_s
         self._groups.append(group)
         self._past.append(group)
+        self._seats = [*self._seats, group.seat(0)]
         self._at(self.weather.load_s * self.generator.lognormvariate(0, 0.2), lambda: self._loaded(group))
         lost_s = self.generator.expovariate(1 / self.weather.lost_every_s)
         self._at(lost_s, lambda: self._lose(group, "ecc error", "WorkerLost"))
@@ -246,6 +260,7 @@ class SimulatedPool:
         self._book(group, "idle" if group.is_ready else "weight_load", None)
         group.released_s = self.now_s
         self._groups.remove(group)
+        self._seats = [seat for seat in self._seats if seat.group_id != f"group-{group.number}"]
 
     def _book(self, group: Group, state: str, item: WorkItem | None) -> None:
         """Close the ledger of all ranks up to now; a clip's time is split into its states."""
@@ -255,7 +270,7 @@ class SimulatedPool:
         if total_ns <= 0:
             return
         for rank in range(self.num_ranks):
-            seat = WorkerSeat("run-1", f"gpu-{group.number}-{rank}", "n", f"group-{group.number}", rank, 0)
+            seat = group.seat(rank)
             at_ns, share = t0_ns, 0.0
             for name, part in spans:
                 share += part

@@ -25,25 +25,35 @@ from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import LedgerEntry, WorkerSeat
 from pipeline.records.work import WorkItem
-from tests.simulation.fleet import USD_PER_GPU_S, SimulatedPool, Weather
-from tests.unit.makers import FACTS, item
+from tests.simulation.fleet import USD_PER_GPU_S, SimulatedPool, Weather, harm_of
+from tests.unit.makers import FACTS, S, item
 
 # Predicted seconds of the shapes of a nightly batch, and how often each comes.
 SHAPES = ((12.0, 0.6), (35.0, 0.3), (150.0, 0.1))
 
 
 class CountingLog:
-    """Counts events; a simulated night's log would fill gigabytes."""
+    """Counts events and follows each GPU's ledger; a simulated night's log would fill gigabytes."""
 
     def __init__(self) -> None:
         self.events: Counter[str] = Counter()
+        # Where the ledger of each GPU begins, and how far it goes.
+        self.t0_ns: dict[str, int] = {}
+        self.t1_ns: dict[str, int] = {}
 
     def log(self, event: str, now_ns: int, **facts: Any) -> None:
         self.events[event] += 1
 
     def set_workers(self, seats: list[WorkerSeat]) -> None: ...
 
-    def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None: ...
+    def write_ledger(self, closed: Sequence[LedgerEntry], running: Sequence[LedgerEntry], now_ns: int) -> None:
+        for entry in closed:
+            self.t0_ns.setdefault(entry.gpu_id, entry.t0_ns)
+            assert self.t1_ns.get(entry.gpu_id, entry.t0_ns) == entry.t0_ns, f"a gap or an overlap on {entry.gpu_id}"
+            self.t1_ns[entry.gpu_id] = entry.t1_ns
+
+    def written_gpu_s(self) -> float:
+        return (sum(self.t1_ns.values()) - sum(self.t0_ns.values())) / S
 
 
 def manifest(num_rows: int, generator: random.Random) -> list[WorkItem]:
@@ -102,13 +112,15 @@ class Night:
 
 
 def check(night: Night) -> None:
-    """1. every row has one result, rendered, but for poison, which failed; 2. the ledger is the held time to the
-    nanosecond; 3. what is charged to rows and shared is all of it."""
+    """1. every row has one result, rendered, but for poison and killers, which failed; 2. the ledger is the held time
+    to the nanosecond, on each GPU without a gap; 3. what is charged to rows and shared is all of it."""
     assert night.ending.stopped_by is None
     ids = [row["id"] for row in night.ending.rows]
     assert len(ids) == len(set(ids)) == len(night.items)
     assert set(night.statuses) <= {"rendered", "failed"}
-    assert night.statuses["failed"] <= 0.006 * len(night.items)
+    harmful = {work.request.id for work in night.items if harm_of(work, night.pool.weather) is not None}
+    assert {row["id"] for row in night.ending.rows if row["status"] == "failed"} == harmful
+    assert night.log.written_gpu_s() == pytest.approx(night.pool.held_gpu_s(), rel=1e-9)
     allocation = night.allocation
     assert float(allocation.total / USD_PER_GPU_S) == pytest.approx(night.pool.held_gpu_s(), rel=1e-9)
     by_rows = sum((row.loaded for row in allocation.rows.values()), Decimal(0))

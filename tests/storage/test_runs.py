@@ -183,6 +183,13 @@ def test_half_written_files_are_swept_when_their_writer_is_gone_or_they_are_old(
     assert {name: (attempts / name).exists() for name in names} == names
 
 
+def test_what_a_killed_worker_left_half_written_is_gone_when_its_run_ends(tmp_path: Path) -> None:
+    folder = opened(LocalStore(tmp_path))
+    (tmp_path / "_attempts" / f".{writer().partition('-')[0]}-1-0-b").write_bytes(b"half a record")
+    folder.close()
+    assert not (tmp_path / "_attempts").exists()
+
+
 def test_a_folder_that_is_no_run_is_refused(store: Store) -> None:
     with pytest.raises(UsageError, match="run must be a run folder"):
         read_run(store, "nothing")

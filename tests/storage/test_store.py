@@ -224,3 +224,23 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UsageError, match=r"output must be writable, got .*file/out"):
         LocalStore(tmp_path / "file" / "out").prepare()
+
+
+def test_a_disk_that_fails_is_said_in_our_words_whatever_is_done_on_it(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.write("folder/a", b"x")
+    with pytest.raises(StorageUnavailable, match=r"storage failed while deleting .*folder"):
+        store.delete("folder")
+    (tmp_path / "_attempts" / "run-1").write_bytes(b"in the way")
+    with pytest.raises(StorageUnavailable, match=r"storage failed while making .*run-1"):
+        store.scratch("run-1")
+
+
+def test_a_disk_that_does_not_know_links_is_not_exclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(local_store.os, "link", unknown)
+    store = LocalStore(tmp_path)
+    store.prepare()
+    assert not store.is_exclusive and store.create("a", b"x") and not store.create("a", b"y")
