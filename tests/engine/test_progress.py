@@ -72,11 +72,10 @@ def test_clip_ended_at_any_step_leaves_the_engine_ready_for_the_next(engine, rec
     recipe.stages[0].adapter = "distilled"
     request = request_for(num_frames=25)
     frames, waveform = of_both(engine, recipe, request)
-    if offload:
-        engine.residency.tighten()
+    rung = "offload" if offload else "planned"
     homes = [tensor.data_ptr() for tensor in engine.video_decoder.module.parameters()]
     with pytest.raises(Cancelled) as caught:
-        of_both(engine, recipe, request_for(num_frames=25, seed=2), on_step=cancel_at(*where))
+        of_both(engine, recipe, request_for(num_frames=25, seed=2), on_step=cancel_at(*where), memory_rung=rung)
     assert caught.value.__cause__ is None and not isinstance(caught.value, EngineFault)
     assert [tensor.data_ptr() for tensor in engine.video_decoder.module.parameters()] == homes
     again, again_waveform = of_both(engine, recipe, request)
@@ -86,7 +85,7 @@ def test_clip_ended_at_any_step_leaves_the_engine_ready_for_the_next(engine, rec
 def test_frames_that_are_no_longer_wanted_give_the_decoder_back(engine, recipe, request_for):
     engine.residency.tighten()
     homes = [tensor.data_ptr() for tensor in engine.video_decoder.module.parameters()]
-    streams = engine.render(request_for(num_frames=25), recipe, ignore)
+    streams = engine.render(request_for(num_frames=25), recipe, ignore, memory_rung="offload")
     next(streams.frames)
     assert [tensor.data_ptr() for tensor in engine.video_decoder.module.parameters()] != homes
     streams.frames.close()

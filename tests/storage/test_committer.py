@@ -20,7 +20,8 @@ from tests.chaos.s3_faults import Fault, Request, faults_before, forget_the_cond
 from tests.conftest import make_bucket, s3_at
 from tests.unit.makers import S
 
-SETTLE_S = 0.2
+# Longer than a bucket takes to answer on a busy machine.
+SETTLE_S = 1.0
 FACTS = {"run_id": "run", "state": "running", "price_id": "p", "workers": []}
 
 
