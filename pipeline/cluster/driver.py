@@ -147,7 +147,11 @@ class Driver:
                 return True
             handed_out = self.queue.hand_out()
             assert handed_out is not None, "peeked at"
-            self._submit(handed_out)
+            # The leader of a gang that lost another rank lives on for a moment, in which it may commit.
+            if handed_out.attempt > 1 and self._settle_if_committed(handed_out):
+                self.ending.wasted.pop((handed_out.request.id, handed_out.attempt), None)  # it never began
+            else:
+                self._submit(handed_out)
         return False
 
     def _submit(self, item: WorkItem, **facts: Any) -> None:

@@ -445,3 +445,20 @@ def test_a_clip_that_another_run_committed_first_is_ours_to_show_and_our_time_is
     ending, _, _ = drive([item(0)], script)
     assert statuses(ending) == {"row-0": "rendered"} and ending.rows[0]["rendered_by_run"] == "run-2"
     assert ending.rendered_attempts == {} and ending.wasted == {("row-0", 1): "duplicate"}
+
+
+def test_a_clip_that_a_lost_gang_committed_in_its_last_moment_is_not_rendered_again() -> None:
+    farm = Farm([item(0), item(1)], 1)
+    asked: list[str] = []
+
+    def record_of(work: WorkItem) -> dict[str, Any] | None:
+        asked.append(work.request.id)
+        return None if len(asked) == 1 else commit_record(rendered(farm.pool.submitted[0]), (), FACTS)
+
+    farm.driver.committed = record_of
+    farm.at(1, lambda: gone(farm.pool.submitted[0]))
+    farm.ends(2, 1)
+    ending = farm.driver.drive()
+    assert [work.request.id for work in farm.pool.submitted] == ["row-0", "row-1"] and asked == ["row-0", "row-0"]
+    assert set(statuses(ending).values()) == {"rendered"} and ending.rendered_attempts["row-0"] == 1
+    assert ending.wasted == {}
