@@ -117,8 +117,12 @@ class OnceBroken:
     def __call__(self, meter: Meter, member: Member) -> ObedientWorker:
         if not self.path.exists():
             self.path.touch()
-            time.sleep(0.5)  # the others are on their way by then
+            # Until another one is on its way, however busy the machine is.
+            end_s = time.monotonic() + 30
+            while not self.path.with_suffix(".other").exists() and time.monotonic() < end_s:
+                time.sleep(0.05)
             raise self.error
+        self.path.with_suffix(".other").touch()
         return obedient(meter, member)
 
 
