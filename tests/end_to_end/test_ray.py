@@ -63,7 +63,8 @@ def folders_of(driver_pid: int) -> list[Path]:
 
 @pytest.fixture
 def arguments(model_folder: Path, tmp_path: Path, manifest: Callable[[list[dict[str, Any]]], Path]) -> list[str]:
-    rows = manifest(small_rows(4))
+    # More than the workers may hold at once: what they hold when a signal comes, they may finish.
+    rows = manifest(small_rows(40))
     return [f"manifest={rows}", f"output={tmp_path / 'out'}", f"model.folder={model_folder}", *ON_RAY]
 
 
