@@ -40,6 +40,7 @@ from pipeline.records.outcome import (
     RunFacts,
     Timings,
     adopting,
+    asset_of,
     commit_record,
 )
 from pipeline.records.work import WorkItem
@@ -141,7 +142,7 @@ class ClipWorker:
     def _adopted(self, attempt: Attempt, standing: Mapping[str, Any]) -> Rendered:
         return Rendered(
             item=attempt.item,
-            asset=ClipAsset(**{name: standing[name] for name in ClipAsset.__slots__}),
+            asset=asset_of(standing),
             timings=Timings(queued_s=(attempt.started_ns - attempt.item.queued_ns) / NS_PER_S),
             started_ns=attempt.started_ns,
             finished_ns=self.now_ns(),
@@ -270,13 +271,12 @@ class ClipWorker:
         if not self.commits:
             return replace(rendered, record=record)
         standing = attempt.store.commit(item.key, record)
-        if (standing["run_id"], standing["attempt"]) != (self.facts.run_id, item.attempt):
-            if standing["uri"] != published.uri:
-                attempt.store.discard(published)
-                attempt.store.discard(poster)
-            rendered = adopting(rendered, standing)
+        settled = adopting(rendered, standing, self.facts.run_id)
+        if settled is not rendered and standing["uri"] != published.uri:
+            attempt.store.discard(published)
+            attempt.store.discard(poster)
         timings = attempt.timings(written.encode_busy_s, time.monotonic() - since_s)
-        return replace(rendered, timings=timings, finished_ns=self.now_ns())
+        return replace(settled, timings=timings, finished_ns=self.now_ns())
 
     def _own_adapters(self, item: WorkItem) -> list[tuple[Path, float]]:
         """The row's own adapters (file, strength). What is wrong with them is wrong with the row, not with the job."""

@@ -265,9 +265,7 @@ class Run:
         """Commit for a worker that may not, because only one process at a time may where `create` is not exclusive."""
         assert rendered.record is not None
         self._folder.require_output(self._now_ns())
-        standing = self._assets.commit(rendered.item.key, rendered.record)
-        is_ours = (standing["run_id"], standing["attempt"]) == (self.run_id, rendered.item.attempt)
-        return rendered if is_ours else adopting(rendered, standing)
+        return adopting(rendered, self._assets.commit(rendered.item.key, rendered.record), self.run_id)
 
     def _pool(self) -> Pool:
         # One request of each form: what a clip takes does not depend on its prompt.

@@ -28,7 +28,7 @@ class InHand:
     failed_follower: tuple[int, Failed, float] | None = None
 
     def is_of(self, item: WorkItem) -> bool:
-        return (self.item.key, self.item.attempt) == (item.key, item.attempt)
+        return self.item.is_attempt(item.key, item.attempt)
 
 
 @dataclass

@@ -6,7 +6,7 @@ Every decision is a pure function elsewhere (`planning.queue`, `planning.policy`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -15,18 +15,9 @@ from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.pool import Finished, Freed, Held, Noted, Pool, PoolEvent, WorkerBroken, WorkerGone
 from pipeline.cluster.progress import Counts, Progress
 from pipeline.cost.allocation import GIVEN_UP
-from pipeline.errors import (
-    Cancelled,
-    Hang,
-    Interrupted,
-    PipelineError,
-    Preempted,
-    UnexpectedFailure,
-    UsageError,
-    WorkerLost,
-)
+from pipeline.errors import Hang, Interrupted, PipelineError, UnexpectedFailure, UsageError, WorkerLost
 from pipeline.planning.pace import Pace
-from pipeline.planning.policy import Admission, AfterFailure, CrashLoop, RowFailures, after_failure, retried
+from pipeline.planning.policy import Admission, AfterFailure, CrashLoop, RowFailures, after_failure, is_nobodys, retried
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import (
     NS_PER_S,
@@ -196,7 +187,7 @@ class Driver:
     def _apply(self, event: PoolEvent | None) -> None:
         match event:
             case Finished(outcome):
-                if not (isinstance(outcome, Failed) and outcome.fault in (Preempted.__name__, Cancelled.__name__)):
+                if not (isinstance(outcome, Failed) and is_nobodys(outcome.fault)):
                     self._crashes.item_ended()
                 self._books.count_spent()
                 self._settle(outcome)
@@ -224,15 +215,15 @@ class Driver:
             self._settle_failed(outcome)
 
     def _settle_rendered(self, rendered: Rendered) -> None:
-        item, is_ours = rendered.item, rendered.adopted_from is None
-        row = rendered_row(rendered, self.facts)
-        if is_ours:
+        item, row, winner = rendered.item, rendered_row(rendered, self.facts), None
+        if rendered.adopted_from is None:
+            winner = item.attempt
             self.pace.learn(item, (rendered.finished_ns - rendered.started_ns) / NS_PER_S)
             self._learn_cost(item)
-        # Another attempt of this run may have committed and been lost before it could say so: the clip is its work.
-        winner = item.attempt if is_ours else rendered.adopted_attempt
-        row["attempts"] = winner if rendered.adopted_from in (None, self.facts.run_id) else item.attempt
-        self._settle_row(item, row, winner=winner if rendered.adopted_from in (None, self.facts.run_id) else None)
+        elif rendered.adopted_from == self.facts.run_id:
+            # Another attempt of this run committed and was lost before it could say so: the clip is its work.
+            row["attempts"] = winner = rendered.adopted_attempt
+        self._settle_row(item, row, winner=winner)
 
     def _learn_cost(self, item: WorkItem) -> None:
         cost_usd, _ = self.ending.charges.by_attempt.get((item.request.id, item.attempt), (Decimal(0), 0))
@@ -241,13 +232,14 @@ class Driver:
 
     def _settle_row(self, item: WorkItem, row: dict[str, Any], *, winner: int | None) -> None:
         """`winner` is the attempt of this run that gave the clip; None if another driver's did."""
-        for attempt in (item, *self.queue.rivals(item)):
+        rivals = self.queue.rivals(item)
+        for attempt in (item, *rivals):
             if attempt.attempt != winner:
                 self.ending.wasted[attempt.request.id, attempt.attempt] = DUPLICATE
         if winner is not None:
             self.ending.rendered_attempts[item.request.id] = winner
             self.ending.wasted.pop((item.request.id, winner), None)
-        for rival in self.queue.rivals(item):
+        for rival in rivals:
             self.pool.cancel(rival)
         self.pace.forget(item)
         rows = [row, *(skipped_row(twin, row, self.facts) for twin in self.queue.settle(item))]
@@ -297,7 +289,7 @@ class Driver:
             elif not self._settle_if_committed(held.item):
                 lost.append(held.item)
                 self._settle_lost(held, gone)
-        if gone.fault in (WorkerLost.__name__, Hang.__name__):
+        if not is_nobodys(gone.fault):
             self._crashes.num_workers = max(self._crashes.num_workers, self._books.num_held_workers)
             reason = self._crashes.worker_lost(
                 lost, gone.cause, num_busy=self.queue.num_open, num_forms=self.queue.num_forms
@@ -307,11 +299,11 @@ class Driver:
 
     def _settle_lost(self, held: Held, gone: WorkerGone) -> None:
         item, fault = held.item, gone.fault
-        if fault in (WorkerLost.__name__, Hang.__name__) and not held.is_suspect:
+        if not is_nobodys(fault) and not held.is_suspect:
             # Another item was there as well, and it is not known whose doing it was: each is tried alone next.
             self._waste(item, fault)
             if not self.queue.drop(item):
-                self.queue.take_back(replace(item, alone=True))
+                self.queue.take_back(retried(item, AfterFailure.RETRY))
             return
         times = self._failures.num(item.request.id, fault) + 1
         verb = {WorkerLost.__name__: "killed", Hang.__name__: "hung"}.get(fault)

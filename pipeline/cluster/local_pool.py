@@ -73,7 +73,7 @@ class LocalPool:
 
     def cancel(self, item: WorkItem) -> None:
         for assignment in self.held():
-            if (assignment.item.key, assignment.item.attempt) == (item.key, item.attempt):
+            if assignment.item.is_attempt(item.key, item.attempt):
                 assignment.cancel()
 
     def drain(self) -> None:

@@ -95,7 +95,7 @@ class RayPool:
             waiting = group.withdraw(item)
             if waiting is not None:
                 self._hand_back(waiting, Cancelled("given up before its start, as the driver asked"))
-            elif any((held.item.key, held.item.attempt) == (item.key, item.attempt) for held in group.held()):
+            elif any(held.item.is_attempt(item.key, item.attempt) for held in group.held()):
                 for rank in group.ranks:
                     self._ask(group, rank, rank.actor.cancel.remote(item))
 

@@ -64,7 +64,7 @@ class Rank:
         return min(self.pings)[1]
 
     def sign_of(self, item: WorkItem) -> Sign | None:
-        return next((sign for sign in self.signs if (sign.key, sign.attempt) == (item.key, item.attempt)), None)
+        return next((sign for sign in self.signs if item.is_attempt(sign.key, sign.attempt)), None)
 
 
 class WorkerGroup:

@@ -86,6 +86,11 @@ def after_failure(fault: str, item: WorkItem, failures: RowFailures) -> AfterFai
     return decision
 
 
+def is_nobodys(fault: str) -> bool:
+    """If a failure of this class says nothing of the row, nor of the job."""
+    return _TABLE[fault][0] is AfterFailure.TAKE_BACK
+
+
 def next_rung(memory_rung: str) -> str | None:
     """The rung after `memory_rung`, None after the last."""
     index = MEMORY_RUNGS.index(memory_rung) + 1

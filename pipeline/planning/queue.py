@@ -11,6 +11,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
 from pipeline.records.work import WorkItem
 
@@ -35,13 +36,14 @@ class WorkQueue:
         self._in_flight: dict[str, list[WorkItem]] = {}
         self._twins: dict[str, list[WorkItem]] = defaultdict(list)
         self._attempts: Counter[str] = Counter()
-        self._forms = {item.request.form for item in in_row_order}
+        self._items = in_row_order
         # Attempts in flight and their estimates, kept as sums: asked for before each item of a large fleet.
         self.num_open = 0
         self.open_usd = 0.0
         for item in in_row_order:
-            longest_s, first_row = self._sets.get(_set_of(item), (0.0, item.request.row_index))
-            self._sets[_set_of(item)] = (max(longest_s, item.estimate.gpu_seconds), first_row)
+            adapters = _set_of(item)
+            longest_s, first_row = self._sets.get(adapters, (0.0, item.request.row_index))
+            self._sets[adapters] = (max(longest_s, item.estimate.gpu_seconds), first_row)
         first: set[str] = set()
         for item in in_row_order:
             if item.key in first:
@@ -116,10 +118,10 @@ class WorkQueue:
         """Items that a worker could take now; twins are not among them."""
         return len(self._waiting)
 
-    @property
+    @cached_property
     def num_forms(self) -> int:
-        """How many forms of clips this queue was made of: sizes, lengths, recipes, wishes."""
-        return len(self._forms)
+        """How many forms of clips this queue was made of: sizes, lengths, recipes, wishes. Most nights nobody asks."""
+        return len({item.request.form for item in self._items})
 
     @property
     def num_in_flight(self) -> int:

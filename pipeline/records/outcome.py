@@ -201,15 +201,23 @@ def commit_record(rendered: Rendered, entries: tuple[LedgerEntry, ...], facts: R
     }  # fmt: skip
 
 
-def adopting(rendered: Rendered, standing: Mapping[str, Any]) -> Rendered:
-    """The outcome when another record won: its facts, our time."""
+def asset_of(record: Mapping[str, Any]) -> ClipAsset:
+    """The clip that a commit record names."""
+    return ClipAsset(**{name: record[name] for name in ClipAsset.__slots__})
+
+
+def adopting(rendered: Rendered, standing: Mapping[str, Any], run_id: str) -> Rendered:
+    """What `rendered` is once the record `standing` stands: itself if that is its own, else its facts and our time."""
+    if standing["run_id"] == run_id and standing["attempt"] == rendered.item.attempt:
+        return rendered
     if standing["sha256"] != rendered.asset.sha256:
         log.warning(
             "another run committed other bytes for the same key; its clip stands",
             extra={"facts": {"key": rendered.item.key, "theirs": standing["sha256"], "ours": rendered.asset.sha256}},
         )
-    asset = ClipAsset(**{name: standing[name] for name in ClipAsset.__slots__})
-    return replace(rendered, asset=asset, adopted_from=standing["run_id"], adopted_attempt=standing["attempt"])
+    return replace(
+        rendered, asset=asset_of(standing), adopted_from=standing["run_id"], adopted_attempt=standing["attempt"]
+    )
 
 
 def item_row(item: WorkItem, facts: RunFacts, *, status: str) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class WorkItem:
     memory_rung: str = MEMORY_RUNGS[0]
     alone: bool = False
 
+    def is_attempt(self, key: str, attempt: int) -> bool:
+        """If this is that attempt at that key."""
+        return (self.key, self.attempt) == (key, attempt)
+
     @property
     def file_stem(self) -> str:
         return file_stem(self.request.id, self.key)

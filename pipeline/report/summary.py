@@ -7,7 +7,7 @@ file and makes no HTML (`page.py` does). Money is Decimal and is never rounded b
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -79,9 +79,7 @@ class RunSummary:
 
 def summarise(results: Iterable[Row], ledger: Sequence[Row], run: Row) -> RunSummary:
     """Count a run. `run` is the dict of run.json; results and ledger may still be growing. Reads `results` once."""
-    attempts = {(row["id"], row.get("attempt")) for row in ledger if row.get("id")}
-    num_attempts = Counter(id_ for id_, _ in attempts)
-    tally = ResultsTally(run["run_id"], {id_ for id_, num in num_attempts.items() if num > 1})
+    tally = ResultsTally(run["run_id"], last_attempts(ledger))
     for row in results:
         tally.add(row)
     worker_s = math.fsum(row["gpu_seconds"] for row in ledger)
@@ -127,13 +125,19 @@ def cost_table(tally: ResultsTally, ledger: Sequence[Row]) -> CostTable:
 
 
 def lost_attempts(tally: ResultsTally, ledger: Sequence[Row]) -> set[tuple[str, int | None]]:
-    """The (id, attempt) pairs that gave no clip: they failed, or another was first; in doubt the last one counts."""
+    """The (id, attempt) pairs that gave no clip: they failed, or another was first."""
     attempts = {(row["id"], row.get("attempt")) for row in ledger if row.get("id")}
-    last: dict[str, int] = {}
-    for id_, attempt in attempts:
-        last[id_] = max(last.get(id_, 0), attempt or 0)
-    winners = last | tally.winning_attempts
+    winners = tally.winning_attempts
     return {(id_, attempt) for id_, attempt in attempts if id_ in tally.clipless_ids or attempt != winners[id_]}
+
+
+def last_attempts(ledger: Sequence[Row]) -> dict[str, int]:
+    """The highest attempt of each id that the ledger names."""
+    last: dict[str, int] = {}
+    for row in ledger:
+        if row.get("id"):
+            last[row["id"]] = max(last.get(row["id"], 0), row.get("attempt") or 0)
+    return last
 
 
 def purpose_of(entry: Row, lost: set[tuple[str, int | None]]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from statistics import median
@@ -75,15 +75,14 @@ class EstimateCheck:
 
 
 class ResultsTally:
-    """What was seen of the rows of run `run_id` so far. `contested_ids` had several attempts."""
+    """What was seen of the rows of run `run_id` so far, to which `last_attempts` (by id) are in its ledger."""
 
-    def __init__(self, run_id: str, contested_ids: Container[str] = ()) -> None:
+    def __init__(self, run_id: str, last_attempts: Mapping[str, int]) -> None:
         self._run_id = run_id
-        self._contested_ids = contested_ids
         self.statuses: Counter[str] = Counter()
-        # Rows to which no attempt of this run gave a clip, and of contested rows the attempt that did.
+        # Rows to which no attempt of this run gave a clip, and of the others the attempt that did; in doubt the last.
         self.clipless_ids: set[str] = set()
-        self.winning_attempts: dict[str, int] = {}
+        self.winning_attempts = dict(last_attempts)
         # Id -> "name=value" of each tag, of the rows that a ledger can name.
         self.tags: dict[str, tuple[str, ...]] = {}
         self._same_tags: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -106,7 +105,7 @@ class ResultsTally:
             self._add_rendered(row)
             if row.get("rendered_by_run") not in (None, self._run_id):
                 self.clipless_ids.add(row["id"])
-            elif row["id"] in self._contested_ids:
+            elif row["id"] in self.winning_attempts:
                 self.winning_attempts[row["id"]] = row["attempts"]
         if status not in ("skipped", "rejected") and row.get("tags"):
             tags = tuple(f"{name}={value}" for name, value in dict(row["tags"]).items())
