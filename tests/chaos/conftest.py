@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,26 @@ SEED = os.environ.get("CHAOS_SEED", "20261120")
 RESULTS = ROOT / "tests" / "bench" / "results" / "chaos.jsonl"
 
 
+class StartedDriver(subprocess.Popen[str]):
+    """Its standard error goes to a file: a pipe that nobody reads stops a driver once 64 KiB are in it."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._said = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - as long as the process
+        super().__init__(
+            command,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=self._said,
+            env={**os.environ, **environment},
+        )
+
+    def said(self, timeout_s: float | None = None) -> str:
+        """What it said, once it has ended."""
+        self.wait(timeout_s)
+        return Path(self._said.name).read_text()
+
+
 @dataclass
 class FarmSite:
     """One output and its manifest; `start` is one driver on it."""
@@ -30,17 +51,14 @@ class FarmSite:
     ids: list[str]
     environment: dict[str, str] = field(default_factory=dict)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.farm", f"manifest={self.manifest}", f"output={self.root}", *arguments],
-            cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env={**os.environ, **self.environment},
-        )  # fmt: skip
+    def start(self, *arguments: str) -> StartedDriver:
+        farm = [sys.executable, "-m", "tests.chaos.farm", f"manifest={self.manifest}", f"output={self.root}"]
+        return StartedDriver([*farm, *arguments], self.environment)
 
     def run(self, *arguments: str, timeout_s: float = 300) -> tuple[int, str]:
         """Exit code and standard error of one driver that runs to its end."""
         process = self.start(*arguments)
-        _, errors = process.communicate(timeout=timeout_s)
+        errors = process.said(timeout_s)
         return process.returncode, errors
 
     def output(self, target: Path) -> Path:

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from typing import Any
 import av
 import pytest
 
-from tests.chaos.conftest import CLIP, SEED, FarmSite, keep, plain_rows
+from tests.chaos.conftest import CLIP, SEED, FarmSite, StartedDriver, keep, plain_rows
 from tests.chaos.ray_nodes import Nodes, ray_nodes
 from tests.end_to_end.checker import check_output, decoded_frames, events_of, runs_of
 
@@ -45,7 +44,7 @@ class Storm:
     # When a rank was killed or stopped, in UTC nanoseconds.
     rank_killed_ns: list[int] = field(default_factory=list)
     rank_stopped_ns: list[int] = field(default_factory=list)
-    driver: subprocess.Popen[str] | None = None
+    driver: StartedDriver | None = None
 
     def start(self) -> None:
         self.driver = self.site.start(
@@ -65,7 +64,7 @@ class Storm:
         """Let the driver end; rows that random kills hit too often are tried again by another. Returns how many."""
         for num_runs in range(1, 6):
             assert self.driver is not None
-            _, errors = self.driver.communicate(timeout=300)
+            errors = self.driver.said(300)
             if self.driver.returncode == 0:
                 return num_runs
             assert self.driver.returncode in (3, 6), errors
@@ -81,7 +80,7 @@ class Storm:
                 return committed < len(self.site.ids) - 20
             assert self.driver is not None
             if self.driver.poll() is not None:
-                assert self.driver.returncode in (0, 3, 6), self.driver.communicate()[1]
+                assert self.driver.returncode in (0, 3, 6), self.driver.said()
                 self.start()
             time.sleep(0.05)
         raise AssertionError(f"no progress: {self.done}")
@@ -104,7 +103,7 @@ class Storm:
     def _kill_the_driver(self) -> bool:
         assert self.driver is not None
         self.driver.kill()
-        self.driver.communicate()
+        self.driver.wait()
         self.start()
         return True
 
@@ -118,7 +117,7 @@ class Storm:
         assert self.driver is not None
         since_s = time.monotonic()
         self.driver.terminate()
-        _, errors = self.driver.communicate(timeout=30)
+        errors = self.driver.said(30)
         assert self.driver.returncode in (5, 0), errors
         assert time.monotonic() - since_s < END_WITHIN_S + 1.0, "the machine may be busy, but not so long"
         self.start()
