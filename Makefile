@@ -33,11 +33,15 @@ demo: setup ## render the sample manifest with the nano model on this machine, o
 	$(BIN)/python -m jobs.render output=$(DEMO_OUTPUT) cluster=local $(ARGS)
 
 # Without GPUs and long waits. No test chosen by ARGS (exit 5) is no failure.
-CHOSEN = -m "not multi_gpu and not long" $(ARGS) || [ $$? -eq 5 ]
+HERE = not multi_gpu and not long
+OR_NONE = $(ARGS) || [ $$? -eq 5 ]
 
+# Fast tests first; what starts processes of its own, two at a time; what starts a Ray, or kills and times, alone.
 test: setup ## run the whole CPU test suite, fast tests first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_architecture.py tests/test_fixtures.py tests/unit tests/storage tests/simulation tests/kernels tests/model tests/engine $(CHOSEN)
-	$(BIN)/python -m pytest tests/scale tests/cluster tests/chaos tests/end_to_end tests/submit $(CHOSEN)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_architecture.py tests/test_fixtures.py tests/unit tests/storage tests/simulation tests/kernels tests/model tests/engine -m "$(HERE)" $(OR_NONE)
+	$(BIN)/python -m pytest -n auto tests/end_to_end -m "$(HERE) and not ray" $(OR_NONE)
+	$(BIN)/python -m pytest tests/scale tests/cluster tests/chaos tests/submit -m "$(HERE)" $(OR_NONE)
+	$(BIN)/python -m pytest tests/end_to_end -m "$(HERE) and ray" $(OR_NONE)
 
 chaos: setup ## kills, hangs, poison, storage faults in full (an hour); adds to tests/bench/results/chaos.jsonl; CHAOS_SEED picks the moments
 	CHAOS_KEEP=1 $(BIN)/python -m pytest -m long tests/chaos tests/end_to_end/test_ray_kills.py tests/simulation tests/scale $(ARGS)

@@ -10,6 +10,8 @@ import pytest
 from tests.end_to_end.checker import check_output, results_of, runs_of
 from tests.end_to_end.conftest import Site, on_disk, run_command, small_rows
 
+pytestmark = pytest.mark.ray
+
 NUM_ROWS = 4
 WAYS = {
     "in_process": (),

@@ -19,6 +19,8 @@ from tests.end_to_end.checker import records_of
 from tests.end_to_end.conftest import ROOT, Render, command, small_rows
 from tests.end_to_end.test_interruption import EXIT_WITHIN_S, wait_until
 
+pytestmark = pytest.mark.ray
+
 ON_RAY = ("cluster=local", "cluster.num_workers=2")
 
 

@@ -23,6 +23,8 @@ from tests.end_to_end.conftest import ROOT, Site, command
 from tests.end_to_end.test_interruption import SEED, wait_until
 from tests.end_to_end.test_ray import below, is_worker
 
+pytestmark = pytest.mark.ray
+
 # The phase in which each driver is killed, in random order; and how many of its workers are before: with the one of the
 # last run, which goes on, ten in all in the long form.
 SHORT = ["ray_starts", "workers_start", "rendering"]
