@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
     if what in FLAGS:
         compose_job(BenchJob, "bench", argv)
     if what not in WHAT:
-        raise UsageError(f"jobs.bench must be told what to do: {' or '.join(WHAT)}, got {what!r}; see --help")
+        *first, last = WHAT
+        known = f"{', '.join(first)} or {last}"
+        raise UsageError(f"jobs.bench must be told what to do: {known}, got {what!r}; see --help")
     own = [a for a in arguments if a in FLAGS or a.partition("=")[0].partition(".")[0] in _OWN_KEYS]
     others = [a for a in arguments if a not in own]
     job = compose_job(BenchJob, "bench", own)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +81,9 @@ def _clips(rows: Iterable[Row]) -> Iterator[_Line]:
 def _steps(rows: Iterable[Row]) -> Iterator[_Line]:
     for row in rows:
         for name, facts in row["contestants"].items() if _counts(row) else ():
-            yield _step(row["model"], row["shape"], name, facts, _measured(row))
+            # A tier without one group of kernels says where time goes, not what a user gets.
+            if "_without_" not in name:
+                yield _step(row["model"], row["shape"], name, facts, _measured(row))
 
 
 def _older_steps(rows: Iterable[Row]) -> Iterator[_Line]:
@@ -109,8 +111,7 @@ def _older_peers(rows: Iterable[Row]) -> Iterator[_Line]:
 def _step(model: str, shape: str, name: str, facts: Row, measured: str) -> _Line:
     off = max((of["relative"] for of in facts.get("difference", {}).values()), default=None)
     cells = (
-        f"{model} {shape}", f"`{name}`", _seconds(facts), _rate(facts), _number(facts.get("percent_of_bf16_gemm")),
-        _number(facts.get("percent_of_fp8_gemm")), "" if off is None else f"{off:.3f}",
+        f"{model} {shape}", f"`{name}`", *_speed(facts), "" if off is None else f"{off:.3f}",
         _gigabytes(facts.get("peak_gpu_memory_bytes")), measured,
     )  # fmt: skip
     return _Line((model, shape, name), cells)
@@ -131,32 +132,27 @@ def _older_decodes(rows: Iterable[Row]) -> Iterator[_Line]:
 
 
 def _decode(model: str, shape: str, name: str, facts: Row, measured: str) -> _Line:
-    cells = (
-        f"{model} {shape}", f"`{name}`", _seconds(facts), _rate(facts), _number(facts.get("percent_of_bf16_gemm")),
-        _gigabytes(facts.get("peak_gpu_memory_bytes")), measured,
-    )  # fmt: skip
-    return _Line((model, shape, name), cells)
+    *speed, _ = _speed(facts)
+    peak = _gigabytes(facts.get("peak_gpu_memory_bytes"))
+    return _Line((model, shape, name), (f"{model} {shape}", f"`{name}`", *speed, peak, measured))
 
 
 def _counts(row: Row) -> bool:
     return bool(row["hardware"]["gpus"]) and row["model"] != _TOY_MODEL
 
 
-def _seconds(facts: Mapping[str, object]) -> str:
-    """Median and range; for one that has none that can be believed, why."""
+def _speed(facts: Row) -> tuple[str, ...]:
+    """Seconds, TFLOP/s and percent of products in bfloat16 and float8; of a time that means nothing, why."""
     for why in ("failure", "not_comparable", "error"):
         if why in facts:
-            return why.replace("_", " ")
+            return why.replace("_", " "), "", "", ""
     if "least_of_3_s" in facts:
-        return f"{facts['least_of_3_s']:.3f} (least of 3)"
-    return f"{facts['median_s']:.3f} ({facts['min_s']:.3f} to {facts['max_s']:.3f})"
+        return f"{facts['least_of_3_s']:.3f} (least of 3)", "", "", ""
+    rates = (facts.get(name) for name in ("tflops", "percent_of_bf16_gemm", "percent_of_fp8_gemm"))
+    return f"{facts['median_s']:.3f} ({facts['min_s']:.3f} to {facts['max_s']:.3f})", *map(_number, rates)
 
 
-def _rate(facts: Mapping[str, object]) -> str:
-    return "" if "error" in facts else _number(facts.get("tflops"))
-
-
-def _number(value: object) -> str:
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
