@@ -192,33 +192,33 @@ def _is_playable(row: dict[str, Any]) -> bool:
 
 def step(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time one denoiser step of each contestant."""
+    _refuse("step", others)
+    shapes = {name: latent_shape(clip) for name, clip in clips_named(job.shapes, job.model.clip.fps).items()}
     # Torch and the peers' code load only where something is measured.
     from pipeline.bench.step import chosen, measure_steps
     from pipeline.engine.random_weights import best_device
 
-    _refuse("step", others)
-    shapes = {name: latent_shape(clip) for name, clip in clips_named(job.shapes, job.model.clip.fps).items()}
     section = _metadata(job.model)["transformer"]
     return _record(job, measure_steps(section, job.model, shapes, chosen(job.contestants), best_device()))
 
 
 def decode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time the decoding of a latent by each way there is."""
+    _refuse("decode", others)
+    shapes = clips_named(job.shapes, job.model.clip.fps)
     from pipeline.bench.decode import measure_decodes
     from pipeline.engine.random_weights import best_device
 
-    _refuse("decode", others)
-    shapes = clips_named(job.shapes, job.model.clip.fps)
     return _record(job, measure_decodes(_metadata(job.model), job.model, shapes, best_device()))
 
 
 def kernel(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time each operation alone."""
+    _refuse("kernel", others)
+    shapes = {name: latent_shape(clip) for name, clip in clips_named(job.shapes, job.model.clip.fps).items()}
     from pipeline.bench.kernel import measure_kernels
     from pipeline.engine.random_weights import best_device
 
-    _refuse("kernel", others)
-    shapes = {name: latent_shape(clip) for name, clip in clips_named(job.shapes, job.model.clip.fps).items()}
     return _record(job, measure_kernels(_metadata(job.model)["transformer"], job.model, shapes, best_device()))
 
 
