@@ -6,6 +6,7 @@ Their tensors are ours under their names, so their velocities must be ours. The 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from pipeline.bench.tiers import Built, Case, Contestant, Step, Velocities, Weights
 from pipeline.model.checkpoint import DENOISER_PREFIX, name_on_disk, set_tensor
+from pipeline.model.hparams import DenoiserHparams
 
 # Theirs in parts of names -> the published files' own; the first that fits counts.
 _PUBLISHED = {
@@ -33,10 +35,10 @@ _PUBLISHED = {
 
 
 def _build(weights: Weights, *, compiled: bool) -> Built:
-    model = _on_meta(weights)
+    model = on_meta(weights.section, weights.hparams)
     ours = {name_on_disk(name): tensor.data for name, tensor in weights.plain.named_parameters()}
     for name in list(model.state_dict()):
-        set_tensor(model, name, ours[_published(name)])
+        set_tensor(model, name, ours[published_name(name)])
     model.eval().requires_grad_(False)
     if compiled:
         # As diffusers documents it. A new shape is compiled anew: sizes left open would cost speed.
@@ -44,27 +46,29 @@ def _build(weights: Weights, *, compiled: bool) -> Built:
     return Built(model, partial(_bound, model))
 
 
-def _on_meta(weights: Weights) -> Any:
-    section, is_ltx2 = weights.section, weights.hparams.family == "ltx2"
+def on_meta(section: Mapping[str, Any], hparams: DenoiserHparams) -> Any:
+    """Their denoiser of a `transformer` section, with shapes only."""
+    is_ltx2 = hparams.family == "ltx2"
     kind = LTX2VideoTransformer3DModel if is_ltx2 else LTXVideoTransformer3DModel
     known = inspect.signature(kind.__init__).parameters
     options = {name: value for name, value in section.items() if name in known and name != "qk_norm"}
     if is_ltx2:
-        gated = dict.fromkeys(("gated_attn", "audio_gated_attn"), weights.hparams.gated_attention)
-        modulated = dict.fromkeys(("cross_attn_mod", "audio_cross_attn_mod"), weights.hparams.text_modulation)
+        gated = dict.fromkeys(("gated_attn", "audio_gated_attn"), hparams.gated_attention)
+        modulated = dict.fromkeys(("cross_attn_mod", "audio_cross_attn_mod"), hparams.text_modulation)
         options |= (
             gated
             | modulated
             | {
                 "cross_attn_timestep_scale_multiplier": section["av_ca_timestep_scale_multiplier"],
-                "use_prompt_embeddings": weights.hparams.text_channels is not None,
+                "use_prompt_embeddings": hparams.text_channels is not None,
             }
         )
     with torch.device("meta"):
         return kind(**options)
 
 
-def _published(name: str) -> str:
+def published_name(name: str) -> str:
+    """Where the published files keep their tensor of this name."""
     for theirs, published in _PUBLISHED.items():
         if theirs in name:
             return DENOISER_PREFIX + name.replace(theirs, published)

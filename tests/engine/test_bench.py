@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from kernels.ops import device_ops, fused_ops
-from pipeline.bench import ceilings, step, timing
+from pipeline.bench import ceilings, peers, step, timing
 from pipeline.bench.ceilings import Ceilings, judged
 from pipeline.bench.peers import PEERS
 from pipeline.bench.step import KNOWN, chosen, measure_steps
@@ -19,8 +21,11 @@ from pipeline.config.model import DenoiserSize, ModelConfig
 from pipeline.engine.nano import CONFIG
 from pipeline.errors import UsageError
 from pipeline.geometry import LatentShape, PixelShape, latent_shape
+from pipeline.model.checkpoint import build_on_meta, name_on_disk
+from pipeline.model.hparams import DenoiserHparams
 from pipeline.planning.estimate import denoiser_flops
 
+PUBLISHED = Path(__file__).resolve().parents[2] / "conf" / "published"
 NANO = ModelConfig(size=DenoiserSize(2, 64, 32, 128))
 SHAPES = {"64x64x9": latent_shape(PixelShape(9, 64, 64, 24.0))}
 LTX_VIDEO = {
@@ -165,3 +170,17 @@ def test_a_case_has_the_tokens_of_its_shape() -> None:
     case = Weights(CONFIG["transformer"], NANO, "cpu").case(LatentShape(2, 3, 4, 5, 24.0))
     assert case.video.tokens_BTC.shape == (1, 24, 16) and case.video.text_BSD.shape == (1, 128, 48)
     assert case.audio is not None and case.audio.tokens_BTC.shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize("name", ["ltx2_19b", "ltx2_3_22b", "ltxv_2b", "ltxv_13b"])
+def test_the_peer_takes_every_tensor_of_a_published_denoiser(name: str) -> None:
+    section = json.loads((PUBLISHED / f"{name}.json").read_text())["checkpoint"]["config"]["transformer"]
+    hparams = DenoiserHparams.from_config(section, has_audio=name.startswith("ltx2"))
+    ours = {
+        name_on_disk(key): tensor.shape for key, tensor in build_on_meta(hparams, device_ops("cpu")).named_parameters()
+    }
+    theirs = peers.on_meta(section, hparams)
+    assert {peers.published_name(key): tensor.shape for key, tensor in theirs.state_dict().items()} == ours
+    assert {key for key, _ in theirs.named_buffers()} <= theirs.state_dict().keys(), (
+        "a buffer would stay without values"
+    )
