@@ -1,7 +1,9 @@
-"""Measure: `python -m jobs.bench write|clip [key=value ...]`. Results are dated rows with hardware and versions.
+"""Measure: `python -m jobs.bench write|clip|step|decode|kernel|table [key=value ...]`.
 
 `write` makes a model's files from random numbers in the published layout and size; `clip` renders one clip with them,
-or with the real ones, through `jobs.render` on Ray, and adds what it took to `tests/bench/results/clip.jsonl`.
+or with the real ones, through `jobs.render` on Ray. `step`, `decode` and `kernel` draw their weights themselves and
+time our tiers, our peers and each kernel beside what the device can do. Each adds dated rows, with hardware and
+versions, to a file of its name in `results`; `table` prints the README's table of them.
 """
 
 from __future__ import annotations
@@ -11,25 +13,26 @@ import jobs.interrupts  # noqa: F401 - first, so that a signal during slow impor
 # isort: split
 
 import json
-import os
-import platform
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.entry import CONF, FLAGS, BenchJob, compose_job, run_job
+from jobs.entry import CONF, EXIT_BUG, FLAGS, BenchJob, compose_job, run_job
 from jobs.stage_weights import stage_model
+from pipeline.bench.rows import Row, append, hardware
+from pipeline.bench.shapes import clips_named
+from pipeline.bench.table import performance_table
 from pipeline.config.model import ModelConfig
 from pipeline.errors import EngineFault, UsageError
+from pipeline.geometry import latent_shape
 from pipeline.media.probe import check_clip, probe_clip
 from pipeline.storage.filesystem import local_path
 from pipeline.storage.manifest import write_manifest
@@ -49,7 +52,9 @@ def main(argv: list[str]) -> int:
     if what in FLAGS:
         compose_job(BenchJob, "bench", argv)
     if what not in WHAT:
-        raise UsageError(f"jobs.bench must be told what to do: {' or '.join(WHAT)}, got {what!r}; see --help")
+        *first, last = WHAT
+        known = f"{', '.join(first)} or {last}"
+        raise UsageError(f"jobs.bench must be told what to do: {known}, got {what!r}; see --help")
     own = [a for a in arguments if a in FLAGS or a.partition("=")[0].partition(".")[0] in _OWN_KEYS]
     others = [a for a in arguments if a not in own]
     job = compose_job(BenchJob, "bench", own)
@@ -164,10 +169,10 @@ def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
         **{name: row[name] for name in (*STAGES, "peak_gpu_memory_bytes", "peak_host_memory_bytes")},
         "gpu_memory_limit_gb": job.gpu_memory_limit_gb,
         "playable": _is_playable(row),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "versions": read_run(store, run_id)["versions"],
     }
-    _append(Path(job.results) / "clip.jsonl", measured)
+    append(Path(job.results), measured)
     sys.stdout.write(json.dumps(measured, indent=1) + "\n")
     return done.returncode
 
@@ -185,23 +190,74 @@ def _is_playable(row: dict[str, Any]) -> bool:
     return True
 
 
-def _hardware() -> dict[str, Any]:
-    gpus: list[str] = []
-    with suppress(OSError):
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"gpus": gpus, "cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(),
-            "memory_bytes": memory}  # fmt: skip
+def step(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Time one denoiser step of each contestant."""
+    _refuse("step", others)
+    shapes = {name: latent_shape(clip) for name, clip in clips_named(job.shapes, job.model.clip.fps).items()}
+    # Torch and the peers' code load only where something is measured.
+    from pipeline.bench.step import chosen, measure_steps
+    from pipeline.engine.random_weights import best_device
+
+    section = _metadata(job.model)["transformer"]
+    return _record(job, measure_steps(section, job.model, shapes, chosen(job.contestants), best_device()))
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def decode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Time the decoding of a latent by each way there is."""
+    _refuse("decode", others)
+    shapes = clips_named(job.shapes, job.model.clip.fps)
+    from pipeline.bench.decode import measure_decodes
+    from pipeline.engine.random_weights import best_device
+
+    return _record(job, measure_decodes(_metadata(job.model), job.model, shapes, best_device()))
 
 
-WHAT: dict[str, Callable[[BenchJob, list[str], list[str]], int]] = {"write": write, "clip": clip}
+def kernel(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Time each operation alone."""
+    _refuse("kernel", others)
+    shapes = {name: latent_shape(clip) for name, clip in clips_named(job.shapes, job.model.clip.fps).items()}
+    from pipeline.bench.kernel import measure_kernels
+    from pipeline.engine.random_weights import best_device
+
+    return _record(job, measure_kernels(_metadata(job.model)["transformer"], job.model, shapes, best_device()))
+
+
+def table(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Print the README's table of the rows in `results`."""
+    _refuse("table", others)
+    sys.stdout.write(performance_table(Path(job.results)))
+    return 0
+
+
+def _refuse(what: str, others: list[str]) -> None:
+    if others:
+        raise UsageError(f"jobs.bench {what} must be given settings of its own alone, got {others}; see --help")
+
+
+def _metadata(model: ModelConfig) -> dict[str, Any]:
+    """What a file of the model says of its parts."""
+    if model.built_here:
+        from pipeline.engine.nano import CONFIG
+
+        return CONFIG
+    return dict(_published(model)["checkpoint"]["config"])
+
+
+def _record(job: BenchJob, rows: Iterable[Row]) -> int:
+    """Keep and print each row as it comes. 1 if one of them cannot be: that is a bug of the measurement."""
+    errors = 0
+    for row in rows:
+        append(Path(job.results), row)
+        sys.stdout.write(f"{row['shape']} ceilings: {json.dumps(row['ceilings'])}\n")
+        for name, facts in row["contestants"].items():
+            sys.stdout.write(f"{row['shape']} {name}: {json.dumps(facts)}\n")
+            errors += "error" in facts
+    return EXIT_BUG if errors else 0
+
+
+WHAT: dict[str, Callable[[BenchJob, list[str], list[str]], int]] = {
+    "write": write, "clip": clip, "step": step, "decode": decode, "kernel": kernel, "table": table,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

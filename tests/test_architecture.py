@@ -59,6 +59,9 @@ MAY_IMPORT: dict[str, set[str]] = {
                          "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.planning.pace",
                          "pipeline.cost.meter", "pipeline.cost.pricing", "pipeline.cost.allocation",
                          "pipeline.storage.processes"},
+    # Composes denoisers and decoders as a worker does, with others' beside them, and counts operations as the planner.
+    "pipeline.bench": {"pipeline.config", "pipeline.errors", "pipeline.geometry", "pipeline.engine", "pipeline.model",
+                       "pipeline.planning.estimate", "kernels"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
     "pipeline.assembly.closing": {"pipeline.cluster.ending", "pipeline.cost.allocation", "pipeline.planning.plan",
                                 "pipeline.records"},
@@ -84,16 +87,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs.stage_weights": {"pipeline.config", "pipeline.storage.models", "pipeline.storage.hub",
                            "pipeline.storage.filesystem", "pipeline.engine.nano"},
     # Runs jobs.render as a process of its own and reads what it left; writes model files to measure with.
-    "jobs.bench": {"pipeline.config", "pipeline.errors", "pipeline.storage", "pipeline.media.probe",
+    "jobs.bench": {"pipeline.bench", "pipeline.config", "pipeline.errors", "pipeline.geometry", "pipeline.storage",
+                   "pipeline.media.probe",
                    "pipeline.engine.nano", "pipeline.engine.random_weights"},
 }  # fmt: skip
 
 # library -> the only modules that may import it.
 FENCES: dict[str, tuple[str, ...]] = {
     "triton": ("kernels",),
-    "torch": ("kernels", "pipeline.model", "pipeline.engine", "pipeline.assembly.worker_side"),
+    "torch": ("kernels", "pipeline.model", "pipeline.engine", "pipeline.assembly.worker_side", "pipeline.bench"),
     "safetensors": ("pipeline.model.checkpoint", "pipeline.engine.nano"),
-    "diffusers": ("pipeline.engine.components", "pipeline.engine.nano"),
+    # The bench times it as a peer.
+    "diffusers": ("pipeline.engine.components", "pipeline.engine.nano", "pipeline.bench.peers"),
     "transformers": ("pipeline.engine.components", "pipeline.engine.nano"),
     "tokenizers": ("pipeline.engine.nano",),
     "av": ("pipeline.media",),
@@ -122,7 +127,7 @@ FUNCTION_IMPORTS = {
     "pipeline.storage.clients": "the session of the S3 client: that loads only where there is a bucket",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
     "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton",
-    "jobs.bench": "the writer of random weights: torch loads only when there is something to write",
+    "jobs.bench": "random weights and measuring: torch and the peers load only when there is something to do",
 }
 
 

@@ -160,13 +160,18 @@ class BenchJob:
     """What `jobs.bench` reads itself; `clip` hands every other argument to `jobs.render`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    # Where the model's files are written or lie; the model's own folder if left out.
+    # Where the model's files are written or lie; the model's own folder if left out. `write` and `clip` only.
     folder: str | None = None
     output: str = "outputs/bench"
+    # Of `clip`.
     width: int = 1920
     height: int = 1088
     num_frames: int = 121
     # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out.
     gpu_memory_limit_gb: float | None = None
+    # Of `step`, `decode` and `kernel`: width x height x frames of what is denoised or decoded.
+    shapes: list[str] = field(default_factory=lambda: ["768x512x121", "1920x1088x121"])
+    # Of `step`: who takes part; the tiers and the peers if left out.
+    contestants: list[str] | None = None
     # A folder; each kind of measurement adds its rows to a file of its name.
     results: str = "tests/bench/results"

@@ -67,7 +67,7 @@ def write_random(path: Path, layout: Layout, metadata: Mapping[str, str], *, dev
         with unfinished.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, (shape, dtype) in layout.items():
-                value = _value(name, shape, dtype, layout, generator).contiguous()
+                value = random_value(name, shape, dtype, layout, generator).contiguous()
                 file.write(value.reshape(-1).view(torch.uint8).cpu().numpy().data)
         unfinished.rename(path)
     finally:
@@ -82,7 +82,8 @@ def _expanded(pattern: str) -> Iterator[str]:
         yield "".join(text + str(number) for text, number in zip(pieces[::3], [*numbers, ""], strict=True))
 
 
-def _value(name: str, shape: tuple[int, ...], dtype: str, layout: Layout, generator: torch.Generator) -> Tensor:
+def random_value(name: str, shape: tuple[int, ...], dtype: str, layout: Layout, generator: torch.Generator) -> Tensor:
+    """One tensor by its name on disk, drawn on the generator's device. `layout` is asked for the weight of a scale."""
     kind, device = _DTYPES[dtype], generator.device
 
     def draw(spread: float) -> Tensor:

@@ -9,57 +9,55 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from kernels.ops import device_ops
-from pipeline.engine.latents import audio_positions, video_positions
-from pipeline.geometry import LatentShape
-from pipeline.model.checkpoint import build_on_meta
-from pipeline.model.hparams import DenoiserHparams
+from kernels.ops import fused_ops
+from pipeline.bench.rows import append, new_row
+from pipeline.bench.shapes import clips_named
+from pipeline.bench.tiers import Weights
+from pipeline.bench.timing import seconds_of
+from pipeline.config.model import DenoiserSize, ModelConfig
+from pipeline.engine.nano import CONFIG
+from pipeline.engine.random_weights import best_device
+from pipeline.geometry import latent_shape
 from pipeline.model.streams import DistinctTimesteps, TokenStream
-from tests.bench.peers import TINY_SHAPES, Shape, inputs, randomise, transformer_section
 
-RESULTS = Path(__file__).parent / "results" / "batching.jsonl"
-# (latent frames, height, width, audio latents); the first stage of two-stage recipes has half the sides.
-SHAPES: dict[str, Shape] = {
-    "256x160x25": (4, 5, 8, 26),
-    "512x320x25": (4, 10, 16, 26),
-    "512x320x121": (16, 10, 16, 126),
-    "768x512x121": (16, 16, 24, 126),
-}
+RESULTS = Path(__file__).parent / "results"
+PUBLISHED = Path(__file__).parents[2] / "conf" / "published" / "ltx2_19b.json"
+# The first stage of two-stage recipes has half the sides.
+SHAPES = ["256x160x25", "512x320x25", "512x320x121", "768x512x121"]
 BATCHES = (1, 2, 4, 8)
 WARM_UPS, TIMED = 2, 5
+
+
+def repeated(stream: TokenStream, batch: int) -> TokenStream:
+    """The same clip `batch` times."""
+    sigma_B = stream.sigma_B.repeat(batch)
+    tokens_BTC, text_BSD = (tensor.repeat(batch, 1, 1) for tensor in (stream.tokens_BTC, stream.text_BSD))
+    at = DistinctTimesteps.uniform(sigma_B)
+    return replace(stream, tokens_BTC=tokens_BTC, text_BSD=text_BSD, sigma_B=sigma_B, timesteps=at)
 
 
 @torch.inference_mode()
 def measure(tiny: bool) -> dict[str, dict[int, float]]:
     """Median seconds of a step divided by the clips in it, by shape and clips."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hparams = DenoiserHparams.from_config(transformer_section(tiny))
-    denoiser = randomise(build_on_meta(hparams, device_ops(device)).to(torch.bfloat16), device)
+    device = best_device()
+    config = CONFIG if tiny else json.loads(PUBLISHED.read_text())["checkpoint"]["config"]
+    model = ModelConfig(size=DenoiserSize(2, 64, 32, 128) if tiny else DenoiserSize())
+    weights = Weights(config["transformer"], model, device)
+    denoiser = weights.denoiser(fused_ops(device), fp8=False)
     found: dict[str, dict[int, float]] = {}
-    for label, shape in (TINY_SHAPES if tiny else SHAPES).items():
+    for label, clip in clips_named(["64x64x9"] if tiny else SHAPES, 24.0).items():
+        case = weights.case(latent_shape(clip))
         found[label] = {}
         for batch in BATCHES:
-            given = {name: value.repeat(batch, 1, 1) for name, value in inputs(shape, device).items()}
-            sigma = torch.full((batch,), 0.9, device=device)
-            at, latents = DistinctTimesteps.uniform(sigma), LatentShape(*shape, 24.0)
-            video = TokenStream(given["video"], at, sigma, video_positions(latents, device=device), given["video_text"])
-            audio = TokenStream(given["audio"], at, sigma, audio_positions(latents, device=device), given["audio_text"])
+            video, audio = repeated(case.video, batch), repeated(case.audio, batch)
             conditioning = denoiser.prepare(video, audio)
-            seconds = []
-            for _ in range(WARM_UPS + TIMED):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
-                denoiser(video, audio, conditioning)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - started)
+            call = lambda: denoiser(video, audio, conditioning)  # noqa: B023, E731 - called before the next one is made
+            seconds = [seconds_of(call, device) for _ in range(WARM_UPS + TIMED)]
             found[label][batch] = statistics.median(seconds[WARM_UPS:]) / batch
     return found
 
@@ -69,16 +67,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    row = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "step_s_a_clip": measure(arguments.tiny),
-    }
+    row = new_row("batching", step_s_a_clip=measure(arguments.tiny))
     sys.stdout.write(json.dumps(row) + "\n")
     if not arguments.tiny:
-        with arguments.results.open("a") as results:
-            results.write(json.dumps(row) + "\n")
+        append(arguments.results, row)
 
 
 if __name__ == "__main__":

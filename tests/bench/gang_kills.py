@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import ray
 import torch
 
+from pipeline.bench.rows import append, new_row
 from pipeline.cluster.driver import Driver
 from pipeline.cluster.ending import StopRequest
 from pipeline.cluster.progress import Counts, Progress
@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("--gb", type=float, default=60.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seed", type=int, default=20261120)
-    parser.add_argument("--results", type=Path, help="a file such as tests/bench/results/gang_kills.jsonl")
+    parser.add_argument("--results", type=Path, help="a folder such as tests/bench/results")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     num_units = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
@@ -162,19 +162,15 @@ def main() -> int:
     wrong = violations(kills, statuses, args.device)
     if len(kills) < args.kills:
         wrong.append(f"{len(kills)} kills, not {args.kills}")
-    summary = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": f"{num_units}x {torch.cuda.get_device_name(0)}" if on_gpu else f"{num_units} CPU cores",
-        "torch": torch.__version__, "ray": ray.__version__,
-        "kills": len(kills), "ranks": args.ranks, "device": args.device, "gb": args.gb if on_gpu else 0,
+    row = new_row(
+        "gang_kills", kills=len(kills), ranks=args.ranks, device=args.device, gb=args.gb if on_gpu else 0,
         **{f"max_{name}": max((k[name] for k in kills if k[name] is not None), default=None) for name in TIMES},
-        "rendered": list(statuses.values()).count("rendered"), "wall_s": round(time.monotonic() - started_s, 1),
-        "stopped_by": str(ending.stopped_by or ""), "violations": wrong,
-    }  # fmt: skip
-    sys.stdout.write(json.dumps(summary) + "\n")
+        rendered=list(statuses.values()).count("rendered"), wall_s=round(time.monotonic() - started_s, 1),
+        stopped_by=str(ending.stopped_by or ""), violations=wrong,
+    )  # fmt: skip
+    sys.stdout.write(json.dumps(row) + "\n")
     if args.results is not None:
-        with args.results.open("a") as results:
-            results.write(json.dumps({**summary, "each": kills}) + "\n")
+        append(args.results, {**row, "each": kills})
     ray.shutdown()
     return 1 if wrong else 0
 

@@ -45,9 +45,47 @@ def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_
 
 
 def test_a_bench_that_does_not_exist_is_refused() -> None:
-    assert_refused(run_command("bench", "cip"), "write or clip", "'cip'")
+    assert_refused(run_command("bench", "cip"), "write, clip, step, decode, kernel or table", "'cip'")
     assert_refused(run_command("bench", "write", "model=ltx2_19b_dev"), "folder=")
     assert_refused(run_command("bench", "clip", "widht=64"), "'widht' is not a setting")
+    assert_refused(run_command("bench", "step", "recipe.encode.crf=30"), "settings of its own alone")
+    assert_refused(run_command("bench", "decode", "shapes=[64x64x8]"), "8k+1 frames", "'64x64x8'")
+
+
+@pytest.mark.parametrize(
+    ("what", "shapes", "contestants"),
+    [
+        ("step", ["64x64x9", "96x64x9"], ["plain", "exact", "fp8", "diffusers"]),
+        ("decode", ["64x64x9"], ["whole", "whole_channels_last", "tiled", "stream"]),
+        ("kernel", ["64x64x9"], ["rms_norm", "qk_norm_rope", "linear_gelu"]),
+    ],
+)
+def test_a_measurement_adds_a_dated_row_for_each_shape(
+    what: str, shapes: list[str], contestants: list[str], tmp_path: Path
+) -> None:
+    # Compiling diffusers for a CPU takes half a minute and shows nothing of a GPU.
+    chosen = [f"contestants=[{','.join(contestants)}]"] if what == "step" else []
+    done = run_command("bench", what, f"shapes=[{','.join(shapes)}]", f"results={tmp_path}", *chosen)
+    rows = [json.loads(line) for line in (tmp_path / f"{what}.jsonl").read_text().splitlines()]
+    assert [row["shape"] for row in rows] == shapes
+    for row in rows:
+        assert row["what"] == what and row["model"] == "nano" and row["device"] in ("cpu", "cuda")
+        assert row["versions"]["diffusers"] and row["hardware"]["num_cpus"] >= 1
+        assert row["ceilings"]["copy_tb_per_s"] > 0 and row["at"].startswith("20")
+        assert set(contestants) <= row["contestants"].keys()
+        for name in contestants:
+            facts = row["contestants"][name]
+            times = facts["fused"] if what == "kernel" else facts
+            assert times["median_s"] > 0 and len(times["all_s"]) >= 5
+    # A busy machine may have stood still while ceilings were measured; then times below them are rightly errors.
+    errors = [facts for row in rows for facts in row["contestants"].values() if "error" in facts]
+    assert done.returncode == (1 if errors else 0), done.stderr
+
+
+def test_the_table_is_printed(tmp_path: Path) -> None:
+    done = run_command("bench", "table", f"results={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n| --- |") == 3
 
 
 def description(path: Path) -> dict:

@@ -1,0 +1,176 @@
+"""Seconds and memory of decoding a clip's latent to bytes on the host, by each way there is. To add one, add a line.
+
+Random weights of the published decoder. Pixels are compared with those of diffusers' whole decode before times are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.bench.ceilings import judged, measure_ceilings
+from pipeline.bench.rows import Row, new_row
+from pipeline.bench.tiers import SEED
+from pipeline.bench.timing import added_bytes, failure_of, forget, in_turns, num_bytes, spread
+from pipeline.config.model import ModelConfig
+from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, video_decoder_blueprint
+from pipeline.engine.decode import decode_frames
+from pipeline.engine.latents import ChannelStatistics
+from pipeline.engine.random_weights import random_value
+from pipeline.engine.tiling import tiles_of_size
+from pipeline.geometry import PixelShape, RenderShape, latent_shape
+from pipeline.model.checkpoint import set_tensor
+from pipeline.model.hparams import DenoiserHparams
+
+# What published recipes tell decoders that ask for it.
+_DECODE_TIMESTEP = 0.05
+# Mean difference of pixels in 255ths that other roundings to bfloat16 may make.
+_BOUND_LEVELS = 1.0
+_TILES = tiles_of_size(frames=(64, 24), height_px=(512, 64), width_px=(512, 64))
+# Chunks (F,H,W,3) of uint8 frames in order.
+Decode = Callable[[VideoDecoder, Tensor, RenderShape, DecodeNoise | None], Iterator[np.ndarray]]
+
+
+class Way(NamedTuple):
+    """A way of decoding, and the decoder that it wants; `blends` if its pixels are others near seams."""
+
+    name: str
+    decode: Decode
+    prepared: Callable[[VideoDecoder], VideoDecoder] = lambda decoder: decoder
+    blends: bool = False
+
+
+def _as_worker(
+    decoder: VideoDecoder, latent: Tensor, shape: RenderShape, noise: DecodeNoise | None
+) -> Iterator[np.ndarray]:
+    return decode_frames(decoder, latent, shape, noise=noise)
+
+
+def _in_tiles(
+    decoder: VideoDecoder, latent: Tensor, shape: RenderShape, noise: DecodeNoise | None
+) -> Iterator[np.ndarray]:
+    return decode_frames(decoder, latent, shape, tiles=_TILES, noise=noise)
+
+
+def _whole(
+    decoder: VideoDecoder, latent: Tensor, shape: RenderShape, noise: DecodeNoise | None
+) -> Iterator[np.ndarray]:
+    """diffusers' decoder called once; its frames become bytes one by one, for which there is always room."""
+    for frame_B3FHW in decoder.decode(latent, noise=noise).split(1, dim=2):
+        unit_F3HW = (frame_B3FHW[0].float() * 0.5 + 0.5).clamp(0, 1).transpose(0, 1)
+        yield (unit_F3HW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _channels_last(decoder: VideoDecoder) -> VideoDecoder:
+    other = copy.copy(decoder)
+    module: Any = copy.deepcopy(decoder.module)
+    other.module = module.to(memory_format=torch.channels_last_3d)
+    return other
+
+
+WHOLE = Way("whole", _whole)
+WAYS = (
+    WHOLE,
+    Way("whole_channels_last", _whole, _channels_last),
+    Way("tiled", _in_tiles, blends=True),
+    Way("stream", _as_worker),
+)
+
+
+@torch.inference_mode()
+def measure_decodes(
+    config: Mapping[str, Any], model: ModelConfig, shapes: Mapping[str, PixelShape], device: str
+) -> Iterator[Row]:
+    """A row for each shape, as soon as it is measured. `config` is a file's metadata."""
+    decoder = _random_decoder(config["vae"], device)
+    noise = DecodeNoise(_DECODE_TIMESTEP) if decoder.takes_noise else None
+    video = DenoiserHparams.from_config(config["transformer"], has_audio=model.size.has_audio).video
+    decoders = {way.name: way.prepared(decoder) for way in WAYS}
+    for label, pixels in shapes.items():
+        shape, generator = latent_shape(pixels), torch.Generator(device).manual_seed(SEED)
+        size = (1, config["vae"]["latent_channels"], shape.num_frames, shape.height, shape.width)
+        latent = torch.randn(*size, device=device, generator=generator)
+        limits = measure_ceilings(shape.num_video_tokens, video.num_heads, video.head_dim, device)
+        calls = {
+            way.name: partial(way.decode, decoders[way.name], latent, RenderShape(pixels, pixels), noise)
+            for way in WAYS
+        }
+        facts = _compared(calls, decoders, device)
+        running = {name: partial(_run, calls[name]) for name, found in facts.items() if _may_run(found)}
+        flops = model.size.decode_flops_per_pixel * pixels.num_frames * pixels.height * pixels.width
+        floor_s = limits.floor_s(flops, in_float8=False)
+        for name, all_s in in_turns(running, device).items():
+            seconds = spread(all_s)
+            tflops = flops / seconds["median_s"] / 1e12
+            rates = {"tflops": tflops, "floor_s": floor_s} | limits.percentages(tflops)
+            facts[name] = seconds | rates | facts[name] | judged(seconds["median_s"], floor_s)
+        yield new_row(
+            "decode", model=model.name, shape=label, device=device, tflop=flops / 1e12, ceilings=limits.as_facts(),
+            contestants=facts,
+        )  # fmt: skip
+
+
+def _random_decoder(vae: Mapping[str, Any], device: str) -> VideoDecoder:
+    """The decoder of a `vae` section, drawn in bfloat16."""
+    module: Any = video_decoder_blueprint(dict(vae)).module
+    generator = torch.Generator(device).manual_seed(SEED)
+    for name, tensor in module.state_dict().items():
+        set_tensor(module, name, random_value(name, tuple(tensor.shape), "BF16", {}, generator).to(device))
+    statistics = ChannelStatistics(vae["latent_channels"]).to(device)
+    return VideoDecoder(module.eval(), statistics, takes_noise=vae.get("timestep_conditioning", False))
+
+
+def _compared(
+    calls: Mapping[str, Callable[[], Iterator[np.ndarray]]], decoders: Mapping[str, VideoDecoder], device: str
+) -> dict[str, dict[str, Any]]:
+    """Of each way: memory, and how far its pixels are from the whole decode's; or why it does not take part."""
+    found: dict[str, dict[str, Any]] = {}
+    wanted: list[np.ndarray] = []
+    for way in WAYS:
+        call = calls[way.name]
+        try:
+            decoded_bytes = added_bytes(partial(_run, call), device)
+            facts = {} if not wanted else _differences(call(), wanted)
+            if way is WHOLE:
+                wanted = list(_frames(call()))
+        except Exception as error:  # noqa: BLE001 - that one cannot take part is a result
+            found[way.name] = failure_of(error)
+            forget(device)
+            continue
+        if decoded_bytes is not None:
+            facts["peak_gpu_memory_bytes"] = num_bytes(decoders[way.name].module) + decoded_bytes
+        # A comparison with NaN is false.
+        if wanted and way is not WHOLE and not way.blends and not facts["mean_levels"] <= _BOUND_LEVELS:
+            got = facts["mean_levels"]
+            facts["not_comparable"] = f"pixels must be within {_BOUND_LEVELS} levels of the whole's, got {got:.3g}"
+        found[way.name] = facts
+    return found
+
+
+def _may_run(facts: Mapping[str, Any]) -> bool:
+    return "failure" not in facts and "not_comparable" not in facts
+
+
+def _run(call: Callable[[], Iterator[np.ndarray]]) -> None:
+    for _ in call():
+        pass
+
+
+def _frames(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    return (frame for chunk in chunks for frame in chunk)
+
+
+def _differences(chunks: Iterator[np.ndarray], wanted: list[np.ndarray]) -> dict[str, Any]:
+    """Mean and largest difference of pixels, in 255ths; frame by frame, since a clip of differences is gigabytes."""
+    means, largest = [], 0
+    for got, best in zip(_frames(chunks), wanted, strict=True):
+        levels = np.abs(got.astype(np.int16) - best)
+        means.append(float(levels.mean()))
+        largest = max(largest, int(levels.max()))
+    return {"mean_levels": sum(means) / len(means), "max_levels": largest}

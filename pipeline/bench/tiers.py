@@ -1,0 +1,206 @@
+"""Our contestants: the denoiser in each tier, and without one group of kernels at a time. To add a tier, add a line.
+
+All have the same random weights and share what tensors they can, so that their outputs can be compared and all fit one
+GPU beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.ops import OpSet, device_ops, fused_ops, reference_ops
+from kernels.rows import Modulation
+from pipeline.config.model import ModelConfig, PrecisionConfig
+from pipeline.engine.latents import audio_positions, video_positions
+from pipeline.engine.random_weights import random_value
+from pipeline.geometry import LatentShape
+from pipeline.model.checkpoint import build_on_meta, name_on_disk, set_tensor
+from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.fp8 import use_fp8
+from pipeline.model.hparams import DenoiserHparams, StreamHparams
+from pipeline.model.streams import DistinctTimesteps, TokenStream
+
+SEED = 20261120
+# A noise level in the middle of the published schedules.
+SIGMA = 0.9
+Velocities = tuple[Tensor | None, Tensor | None]
+Step = Callable[[], Velocities]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What is denoised: random tokens and text of one clip, without guidance."""
+
+    shape: LatentShape
+    video: TokenStream
+    audio: TokenStream | None
+
+
+class Built(NamedTuple):
+    """A contestant with its weights on the device. `bind` makes one step of a case, all that outlasts it prepared."""
+
+    module: nn.Module
+    bind: Callable[[Case], Step]
+
+
+class Weights:
+    """Random numbers for the denoiser of a `transformer` section, in bfloat16 and in float8."""
+
+    def __init__(self, section: Mapping[str, Any], model: ModelConfig, device: str) -> None:
+        self.section, self.device = section, device
+        self.hparams = DenoiserHparams.from_config(section, has_audio=model.size.has_audio)
+        self.num_text_tokens = model.size.text_tokens
+        self.plain = build_on_meta(self.hparams, device_ops(device))
+        generator = torch.Generator(device).manual_seed(SEED)
+        for name, tensor in list(self.plain.named_parameters()):
+            value = random_value(name_on_disk(name), tuple(tensor.shape), "BF16", {}, generator)
+            set_tensor(self.plain, name, value.to(device))
+
+    @cached_property
+    def in_float8(self) -> AudioVideoDenoiser:
+        """With float8 layers in the blocks that `precision=fp8` has them in; a toy of few blocks keeps fewer."""
+        precision, last = PrecisionConfig(), self.hparams.num_layers - 1
+        first = min(precision.keep_first_blocks, last // 2)
+        end = self.hparams.num_layers - min(precision.keep_last_blocks, last // 2)
+        ops = device_ops(self.device)
+        quantised = build_on_meta(self.hparams, ops)
+        use_fp8(quantised, range(first, end), ops)
+        for name, tensor in self.plain.named_parameters():
+            set_tensor(quantised, name, tensor.data)
+        return quantised.eval()
+
+    def denoiser(self, ops: OpSet, *, fp8: bool) -> AudioVideoDenoiser:
+        """A denoiser of these weights with other operations."""
+        source = self.in_float8 if fp8 else self.plain
+        denoiser = build_on_meta(self.hparams, ops)
+        all_blocks: list[Any] = list(source.blocks)
+        blocks = [index for index, block in enumerate(all_blocks) if block.video.feed_forward.in_float8]
+        use_fp8(denoiser, blocks, ops)
+        for name, tensor in source.named_parameters():
+            owner = source.get_submodule(name.rpartition(".")[0])
+            if tensor.dtype == torch.float8_e4m3fn:
+                copy: Any = denoiser.get_submodule(name.rpartition(".")[0])
+                copy.set_scaled_weight(tensor.data, owner.weight_scale)
+            else:
+                set_tensor(denoiser, name, tensor.data)
+        return denoiser.eval()
+
+    def case(self, shape: LatentShape) -> Case:
+        """The same tokens at every call."""
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        sigma_B = torch.full((1,), SIGMA, device=self.device)
+
+        def stream(hparams: StreamHparams, num_tokens: int, positions_BAT2: Tensor) -> TokenStream:
+            text_channels = self.hparams.text_channels or hparams.width
+            sizes = ((num_tokens, hparams.in_channels), (self.num_text_tokens, text_channels))
+            tokens_BTC, text_BSD = (
+                torch.randn(1, *size, device=self.device, dtype=torch.bfloat16, generator=generator) for size in sizes
+            )
+            return TokenStream(tokens_BTC, DistinctTimesteps.uniform(sigma_B), sigma_B, positions_BAT2, text_BSD)
+
+        video = stream(self.hparams.video, shape.num_video_tokens, video_positions(shape, device=self.device))
+        audio = None
+        if self.hparams.audio is not None:
+            positions_BAT2 = audio_positions(shape, device=self.device)
+            audio = stream(self.hparams.audio, shape.num_audio_latents, positions_BAT2)
+        return Case(shape, video, audio)
+
+
+# Relative L2 error of a velocity against the plain operations that a contestant may have. On an H200, over 48 layers,
+# other roundings to bfloat16 gave 0.012 and float8 products 0.056 (tests/bench/results/kernels.jsonl).
+_BOUND, _FLOAT8_BOUND = 0.05, 0.15
+
+
+class Contestant(NamedTuple):
+    """Who takes part: `in_float8` if some of its products run on float8 numbers, `bound` how far off it may be."""
+
+    name: str
+    in_float8: bool
+    build: Callable[[Weights], Built]
+    bound: float = _BOUND
+
+
+def tier(
+    name: str, ops: Callable[[str], OpSet], *, fp8: bool = False, keeps_text: bool = True, beside: bool = True
+) -> Contestant:
+    """Our denoiser with the operations that `ops` has for a kind of device; with `beside`, audio beside the video."""
+
+    def build(weights: Weights) -> Built:
+        denoiser = weights.denoiser(ops(weights.device), fp8=fp8)
+        if beside and weights.device == "cuda" and weights.hparams.audio is not None:
+            denoiser.overlap_audio(torch.cuda.Stream())
+        return Built(denoiser, partial(_bound, denoiser, keeps_text))
+
+    return Contestant(name, fp8, build, _FLOAT8_BOUND if fp8 else _BOUND)
+
+
+def _bound(denoiser: AudioVideoDenoiser, keeps_text: bool, case: Case) -> Step:
+    conditioning = denoiser.prepare(case.video, case.audio)
+    if not keeps_text:
+        video, audio = (
+            None if stream is None else replace(stream, text_keys_values=None)
+            for stream in (conditioning.video, conditioning.audio)
+        )
+        conditioning = replace(conditioning, video=video, audio=audio)
+    return lambda: denoiser(case.video, case.audio, conditioning)
+
+
+# By what a step is timed without: operations that are the plain ones again.
+_GROUPS = {
+    "norms": ("rms_norm", "modulated_rms_norm", "modulated_rms_norm_quantised"),
+    "residuals": ("gated_residual", "gated_residual_norm", "gated_residual_norm_quantised"),
+    "query_key_norms": ("qk_norm_rope",),
+    "gelu_epilogue": ("linear_gelu",),
+    "float8_rows": ("quantise_rows", "gelu_quantised"),
+}
+
+
+def _without(slots: tuple[str, ...], device: str) -> OpSet:
+    plain = reference_ops()
+    return replace(fused_ops(device), **{slot: getattr(plain, slot) for slot in slots})
+
+
+def _with_sums_apart(device: str) -> OpSet:
+    """The fused operations, but for a sum and the norm that follows it, which are a kernel each."""
+    fused = fused_ops(device)
+
+    def summed_then_normed(
+        norm: Callable[..., Any], x: Tensor, branch: Tensor, gate: Tensor | None, index: Tensor | None,
+        modulation: Modulation | None, eps: float,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        x = fused.gated_residual(x, branch, gate, index)
+        if modulation is None:
+            nothing = torch.zeros(1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
+            modulation = Modulation(nothing, nothing, None)
+        return x, norm(x, *modulation, eps)
+
+    return replace(
+        fused,
+        gated_residual_norm=partial(summed_then_normed, fused.modulated_rms_norm),
+        gated_residual_norm_quantised=partial(summed_then_normed, fused.modulated_rms_norm_quantised),
+    )
+
+
+def _ablations(name: str, *, fp8: bool) -> tuple[Contestant, ...]:
+    """A tier without one thing at a time."""
+    return (
+        *(tier(f"{name}_without_{group}", partial(_without, slots), fp8=fp8) for group, slots in _GROUPS.items()),
+        tier(f"{name}_without_joined_sums", _with_sums_apart, fp8=fp8),
+        tier(f"{name}_without_kept_text", fused_ops, fp8=fp8, keeps_text=False),
+        tier(f"{name}_without_audio_beside", fused_ops, fp8=fp8, beside=False),
+    )
+
+
+PLAIN = tier("plain", device_ops, beside=False)
+TIERS = (
+    PLAIN,
+    tier("exact", fused_ops),
+    tier("fp8", fused_ops, fp8=True),
+)
+ABLATIONS = (*_ablations("exact", fp8=False), *_ablations("fp8", fp8=True))

@@ -1,0 +1,94 @@
+"""The README's performance table is what the committed rows say, and what it makes of rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.bench.rows import append, new_row, read
+from pipeline.bench.shapes import clips_named
+from pipeline.bench.table import performance_table
+from pipeline.errors import UsageError
+from pipeline.geometry import PixelShape
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = {"gpus": ["NVIDIA H200, 143771 MiB, 580.159.04"], "cpu": "x86_64", "num_cpus": 32, "memory_bytes": 10**11}
+
+
+def step_row(at: str, contestants: dict[str, dict[str, Any]], **facts: Any) -> dict[str, Any]:
+    return {"at": at, "what": "step", "model": "ltx2_19b_distilled", "shape": "768x512x121", "hardware": H200,
+            "versions": {"torch": "2.11.0"}, "contestants": contestants, **facts}  # fmt: skip
+
+
+def timed(median_s: float, **facts: Any) -> dict[str, Any]:
+    return {"median_s": median_s, "min_s": median_s / 2, "max_s": median_s * 2, **facts}
+
+
+def lines_of(folder: Path, text: str) -> list[str]:
+    return [line for line in performance_table(folder).splitlines() if text in line]
+
+
+def test_the_table_of_the_readme_is_made_of_the_committed_rows() -> None:
+    _, _, rest = (ROOT / "README.md").read_text().partition("<!-- made by: python -m jobs.bench table -->\n")
+    block, end, _ = rest.partition("<!-- end -->\n")
+    assert end, "the README has no such block"
+    assert block == performance_table(ROOT / "tests" / "bench" / "results"), "put in what the command prints"
+
+
+def test_of_each_shape_and_contestant_the_newest_row_counts(tmp_path: Path) -> None:
+    append(tmp_path, step_row("2026-11-20T10:00:00+00:00", {"exact": timed(0.5), "fp8": timed(0.4)}))
+    append(tmp_path, step_row("2026-11-21T11:00:00+00:00", {"exact": timed(0.3, tflops=612.3)}))
+    (exact,) = lines_of(tmp_path, "`exact`")
+    assert "0.300 (0.150 to 0.600) | 612 |" in exact and exact.endswith("2026-11-21 11:00, H200, torch 2.11.0 |")
+    (fp8,) = lines_of(tmp_path, "`fp8`")
+    assert "0.400" in fp8 and "2026-11-20 10:00" in fp8
+
+
+def test_a_new_row_takes_the_place_of_one_of_the_older_scripts(tmp_path: Path) -> None:
+    older = {"at": "2026-11-20T09:00:00+00:00", "hardware": "NVIDIA H200", "torch": "2.11.0+cu130"}
+    found = {"median_s": 0.35, "all_s": [0.34, 0.36], "video against exact plain": {"relative": 0.011, "cosine": 1.0}}
+    steps = {"768x512x121 exact beside": found, "768x512x121 exact fused": found}
+    append(tmp_path, {**older, "what": "kernels", "steps": steps})
+    (line,) = lines_of(tmp_path, "768x512x121")
+    assert "0.350 (0.340 to 0.360)" in line and "| 0.011 |" in line
+    append(tmp_path, step_row("2026-11-21T10:00:00+00:00", {"exact": timed(0.3)}))
+    (line,) = lines_of(tmp_path, "768x512x121")
+    assert "0.300" in line
+
+
+@pytest.mark.parametrize("why", ["failure", "not_comparable", "error"])
+def test_seconds_that_mean_nothing_are_not_shown(tmp_path: Path, why: str) -> None:
+    append(tmp_path, step_row("2026-11-20T10:00:00+00:00", {"fp8": timed(0.001, tflops=9e9) | {why: "..."}}))
+    (line,) = lines_of(tmp_path, "`fp8`")
+    assert why.replace("_", " ") in line and "0.001" not in line and "9000000000" not in line
+
+
+def test_ablations_are_left_out(tmp_path: Path) -> None:
+    append(tmp_path, step_row("2026-11-20T10:00:00+00:00", {"exact_without_norms": timed(0.5), "exact": timed(0.4)}))
+    assert len(lines_of(tmp_path, "exact")) == 1
+
+
+def test_toys_and_processors_are_left_out(tmp_path: Path) -> None:
+    append(tmp_path, step_row("2026-11-20T10:00:00+00:00", {"exact": timed(1.0)}, model="nano"))
+    append(tmp_path, step_row("2026-11-20T10:00:00+00:00", {"exact": timed(1.0)}, hardware=H200 | {"gpus": []}))
+    assert lines_of(tmp_path, "`exact`") == []
+
+
+def test_a_row_says_when_and_on_what_it_was_measured(tmp_path: Path) -> None:
+    append(tmp_path, new_row("kernel", shape="64x64x9"))
+    (row,) = read(tmp_path, "kernel")
+    assert row["what"] == "kernel" and row["at"].endswith("+00:00") and row["shape"] == "64x64x9"
+    assert row["hardware"]["num_cpus"] >= 1 and row["versions"]["torch"] and row["versions"]["python"]
+    assert read(tmp_path, "step") == []
+
+
+def test_shapes_are_named_by_width_height_and_frames() -> None:
+    assert clips_named(["768x512x121"], 24.0) == {"768x512x121": PixelShape(121, 512, 768, 24.0)}
+
+
+@pytest.mark.parametrize("name", ["768x512", "768x512x120", "760x512x121", "0x512x121", "768x512x121x2", "big"])
+def test_a_shape_off_the_grid_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="multiples of 32 pixels and 8k\\+1 frames, got"):
+        clips_named([name], 24.0)
