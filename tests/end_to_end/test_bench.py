@@ -17,6 +17,7 @@ from tests.end_to_end.conftest import run_command
 from tests.end_to_end.test_bad_input import assert_refused
 
 
+@pytest.mark.ray
 def test_a_clip_adds_a_dated_row_with_hardware_and_versions(model_folder: Path, tmp_path: Path) -> None:
     arguments = ["width=64", "height=64", "num_frames=9", "recipe.encode.crf=30", f"folder={model_folder}"]
     arguments += [f"output={tmp_path / 'out'}", f"results={tmp_path / 'results'}"]
@@ -97,6 +98,7 @@ def description(path: Path) -> dict:
         return {"config": json.loads(file.metadata().get("config", "{}")), "tensors": tensors}
 
 
+@pytest.mark.ray
 def test_written_files_are_staged_and_render(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
