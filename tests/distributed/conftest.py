@@ -9,18 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
+from pipeline.engine.nano import CHECKPOINT, build_nano
 from pipeline.model.streams import DistinctTimesteps, TokenStream
 from tests.distributed.ranks import Call, Ranks
 from tests.golden import GoldenFolders
 from tests.golden_case import read_case
 from tests.model.conftest import DenoiserCase
-
-# Largest error over largest value: what float32 sums in another order differ by, with room for ten steps.
-BOUND = 1e-5
-LAYOUTS = ("ulysses2", "ring2", "guidance2", "ring3", "guidance3", "ulysses4", "ring4", "guidance4", "ring2_ulysses2",
-           "guidance2_ulysses2", "guidance2_ring2")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +33,18 @@ def _one_thread_no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def model(fixtures: GoldenFolders) -> Callable[[str], Path]:
-    return lambda folder: fixtures / folder / "model.safetensors"
+def model(fixtures: GoldenFolders, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The file of a golden folder's model, or of "nano"."""
+
+    @cache
+    def model(name: str) -> Path:
+        if name != "nano":
+            return fixtures / name / "model.safetensors"
+        folder = tmp_path_factory.mktemp("nano")
+        build_nano(folder)
+        return folder / CHECKPOINT
+
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -67,12 +72,3 @@ def first_tokens(video: TokenStream, num: int) -> TokenStream:
         attention_mask_BTT=None if mask_BTT is None else mask_BTT[:, :num, :num],
         keyframes_mask_BT=None if marks_BT is None else marks_BT[:, :num],
     )
-
-
-def assert_equal_up_to_rounding(got: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:
-    for mine, single in zip(got, expected, strict=True):
-        assert (mine is None) == (single is None)
-        if mine is not None and single is not None:
-            assert mine.shape == single.shape
-            error = float((mine - single).abs().max() / single.abs().max())
-            assert error <= BOUND, f"off by {error:.1e} of the scale"

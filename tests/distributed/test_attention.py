@@ -14,7 +14,7 @@ from pipeline.parallel.attention import Merged
 from pipeline.parallel.collectives import gathered
 from pipeline.parallel.layout import RankGroups
 from pipeline.parallel.sequence import SequenceParallelDenoiser
-from tests.distributed.conftest import assert_equal_up_to_rounding
+from tests.distributed.equality import assert_equal_up_to_rounding
 from tests.distributed.ranks import Call, Ranks, loaded
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import LAYOUTS, assert_equal_up_to_rounding
+from tests.distributed.equality import LAYOUTS, assert_equal_up_to_rounding
 from tests.distributed.ranks import Call, Raised, Ranks, loaded, spread_calls
 
 # Name -> recorded call, and how many of its video tokens: all, or a number that parts do not come out even for.

@@ -12,7 +12,7 @@ import pytest
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
 from pipeline.config.recipe import StageConfig
 from pipeline.geometry import LatentShape
-from tests.distributed.conftest import LAYOUTS, assert_equal_up_to_rounding
+from tests.distributed.equality import LAYOUTS, assert_equal_up_to_rounding
 from tests.distributed.ranks import Clip, Raised, Ranks, loaded, spread_clips
 
 # 63 tokens, which come out even for no layout of 2 or 4; a picture adds 21.
@@ -32,6 +32,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, float], ...]]] = {
     "four predictions": ("dit_ltx2_0", {"guidance": [FOUR_PASSES]}, ()),
     "three predictions, one by one": ("dit_ltx2_0", {"guidance": [THREE_PASSES], "batch_passes": False}, ()),
     "held pictures, one step unguided": ("dit_ltx2_3", {"guidance": FALLING}, ((0, 1.0), (16, 0.6))),
+    "nano": ("nano", {"guidance": FALLING}, ((0, 1.0),)),
     "fresh noise in every step": ("dit_ltx2_0", {"sampler": "res_2s"}, ()),
     "LTX-Video": ("dit_ltxv_0_9_8_2b", {"guidance": [THREE_PASSES], **LTX_VIDEO}, ((0, 0.9),)),
 }
