@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from pipeline.config.recipe import StageConfig
 from pipeline.geometry import LatentShape
 from pipeline.parallel.guidance import SpreadPasses
 from pipeline.parallel.layout import RankGroups
+from pipeline.parallel.start import join
+from pipeline.records.gang import Member
+from pipeline.records.parallel import ParallelLayout
 from tests.distributed.ranks import Clip, Raised, Ranks, spread_over
 
 TIMEOUT_S = 30.0
@@ -65,6 +69,16 @@ def test_a_rank_that_stays_away_is_waited_for_no_longer_than_the_timeout(layout:
     other, _ = ranks.run(layout, stay_away, clip, timeout_s=PATIENCE_S)
     assert isinstance(other, Raised) and other.error == "RuntimeError"
     assert other.after_s == pytest.approx(PATIENCE_S, abs=1.5)
+
+
+def test_a_rank_that_nobody_meets_gives_up_after_the_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        leader = Member(0, 2, "127.0.0.1", port, server.detach())
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="1/2 clients joined"):
+        join(leader, ParallelLayout(ulysses=2), "cpu", PATIENCE_S)
+    assert time.monotonic() - begin == pytest.approx(PATIENCE_S, abs=1.5)
 
 
 def succeed(groups: RankGroups) -> int:
