@@ -37,7 +37,7 @@ CHOSEN = -m "not multi_gpu and not long" $(ARGS) || [ $$? -eq 5 ]
 
 test: setup ## run the whole CPU test suite, fast tests first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_architecture.py tests/test_fixtures.py tests/unit tests/storage tests/simulation tests/kernels tests/model tests/engine $(CHOSEN)
-	$(BIN)/python -m pytest tests/scale tests/cluster tests/chaos tests/end_to_end tests/submit $(CHOSEN)
+	$(BIN)/python -m pytest tests/distributed tests/scale tests/cluster tests/chaos tests/end_to_end tests/submit $(CHOSEN)
 
 chaos: setup ## kills, hangs, poison, storage faults in full (an hour); adds to tests/bench/results/chaos.jsonl; CHAOS_SEED picks the moments
 	CHAOS_KEEP=1 $(BIN)/python -m pytest -m long tests/chaos tests/end_to_end/test_ray_kills.py tests/simulation tests/scale $(ARGS)
