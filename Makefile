@@ -40,7 +40,7 @@ OR_NONE = $(ARGS) || [ $$? -eq 5 ]
 test: setup ## run the whole CPU test suite, fast tests first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_architecture.py tests/test_fixtures.py tests/unit tests/storage tests/simulation tests/kernels tests/model tests/engine -m "$(HERE)" $(OR_NONE)
 	$(BIN)/python -m pytest -n auto tests/end_to_end -m "$(HERE) and not ray" $(OR_NONE)
-	$(BIN)/python -m pytest tests/scale tests/cluster tests/chaos tests/submit -m "$(HERE)" $(OR_NONE)
+	$(BIN)/python -m pytest tests/distributed tests/scale tests/cluster tests/chaos tests/submit -m "$(HERE)" $(OR_NONE)
 	$(BIN)/python -m pytest tests/end_to_end -m "$(HERE) and ray" $(OR_NONE)
 
 chaos: setup ## kills, hangs, poison, storage faults in full (an hour); adds to tests/bench/results/chaos.jsonl; CHAOS_SEED picks the moments

@@ -45,6 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.planning.reach": {"pipeline.errors", "pipeline.config", "pipeline.storage.filesystem"},
     "pipeline.engine": {"pipeline.errors", "pipeline.config", "pipeline.geometry", "pipeline.telemetry",
                         "pipeline.records.request", "pipeline.records.work", "kernels.ops", "pipeline.model"},
+    "pipeline.parallel": {"pipeline.errors", "pipeline.model", "pipeline.records.parallel", "pipeline.records.gang",
+                          "kernels.ops"},
     "pipeline.attempt": {"pipeline.records", "pipeline.storage.assets", "pipeline.cost.meter",
                          "pipeline.cluster.assignment"},
     "pipeline.worker": {"pipeline.attempt",
@@ -95,7 +97,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 # library -> the only modules that may import it.
 FENCES: dict[str, tuple[str, ...]] = {
     "triton": ("kernels",),
-    "torch": ("kernels", "pipeline.model", "pipeline.engine", "pipeline.assembly.worker_side", "pipeline.bench"),
+    "torch": (
+        "kernels",
+        "pipeline.model",
+        "pipeline.parallel",
+        "pipeline.engine",
+        "pipeline.assembly.worker_side",
+        "pipeline.bench",
+    ),
+    "torch.distributed": ("pipeline.parallel",),
+    "xfuser": ("pipeline.parallel",),
     "safetensors": ("pipeline.model.checkpoint", "pipeline.engine.nano"),
     # The bench times it as a peer.
     "diffusers": ("pipeline.engine.components", "pipeline.engine.nano", "pipeline.bench.peers"),
@@ -126,6 +137,7 @@ FUNCTION_IMPORTS = {
     "pipeline.assembly.driver_side": "the worker factory and the Ray pool: torch loads in workers, ray when asked for",
     "pipeline.storage.clients": "the session of the S3 client: that loads only where there is a bucket",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
+    "pipeline.parallel.xfuser_usp": "xfuser, which cannot be imported without an accelerator",
     "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton",
     "jobs.bench": "random weights and measuring: torch and the peers load only when there is something to do",
 }
@@ -175,10 +187,10 @@ def test_module_imports_only_what_its_floor_allows(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_library_stays_inside_its_fence(module: str) -> None:
     for imported, node in _imports(ast.parse(MODULES[module].read_text())):
-        fence = FENCES.get(imported.split(".")[0])
-        assert fence is None or any(_within(module, name) for name in fence), (
-            f"{module}:{node.lineno} imports {imported}, which belongs to {fence}"
-        )
+        for fence in (FENCES[library] for library in FENCES if _within(imported, library)):
+            assert any(_within(module, name) for name in fence), (
+                f"{module}:{node.lineno} imports {imported}, which belongs to {fence}"
+            )
 
 
 @pytest.mark.parametrize("module", MODULES)
