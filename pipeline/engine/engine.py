@@ -40,6 +40,7 @@ from pipeline.engine.latents import (
 )
 from pipeline.engine.residency import ALL_RESIDENT, Residency
 from pipeline.engine.samplers import sampler_named
+from pipeline.engine.shortcuts import NO_SHORTCUTS, Shortcuts
 from pipeline.engine.sigmas import noise_levels
 from pipeline.engine.text import TEXT_ENCODER, TextConditioner
 from pipeline.errors import DeviceBroken, OutOfMemory, UsageError
@@ -118,6 +119,8 @@ class RenderEngine:
     vocoder: Vocoder | None
     device: str
     residency: Residency = ALL_RESIDENT
+    # What the precision tier leaves out of steps.
+    shortcuts: Shortcuts = NO_SHORTCUTS
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
 
@@ -223,7 +226,8 @@ class RenderEngine:
         if hold is not None:
             start = replace(start, video_BTC=hold.blend(start.video_BTC))
         scene = Scene(shape, brief.texts, hold)
-        return drop_appended(denoise(self.denoiser, start, scene, stage, noise, on_step), shape)
+        end = denoise(self.denoiser, start, scene, stage, noise, on_step, self.shortcuts)
+        return drop_appended(end, shape)
 
     def _held(self, picture: Picture, shape: LatentShape, stage: StageConfig, noise: NoiseSource) -> HeldPicture:
         pixels_B31HW = picture.at_size(shape.height * SPATIAL_CELL_PX, shape.width * SPATIAL_CELL_PX).to(self.device)
