@@ -18,8 +18,8 @@ _forward = BSA.block_sparse_attention_forward
 
 
 def block_sparse_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_BHQN: Tensor) -> Tensor:
-    """See `kernels.reference.block_sparse_attention`. For bfloat16 or float16 on compute capability 9.0, and heads of 64, 96
-    or 128 channels.
+    """See `kernels.reference.block_sparse_attention`. For bfloat16 or float16 on compute capability 9.0,
+    and heads of 64, 96 or 128 channels.
 
     Lengths need not be multiples of 128: with blocks of 128 the kernel hides keys past the end by itself and does not
     write queries past it. Rows of q, k and v must start at multiples of 16 bytes; the kernel raises where they do not.

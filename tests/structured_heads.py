@@ -12,8 +12,8 @@ since no trained weights are at hand here:
 - With sinks: a few keys, some of them in the first frame, that all queries look at; they hold a tenth of the mass
   between them.
 
-`statistics` says how concentrated the result is, and tests/engine/test_block_choice.py holds it to that. How much of the
-mass a density keeps depends on just this: on heads that see twice as many keys, less.
+`statistics` says how concentrated the result is, and tests/engine/test_block_choice.py holds it to that. How much of
+the mass a density keeps depends on just this: of heads that see twice as many keys, less.
 
 Shape suffixes: H heads, T tokens, K channels of a head, A axes (frames, rows, columns), S sampled queries, N blocks.
 """
@@ -31,7 +31,7 @@ from kernels.ops import BLOCK_TOKENS
 
 
 class HeadKind(NamedTuple):
-    """Lengths (frames, rows, columns) by which places are told apart, and how much place and content weigh in logits."""
+    """Lengths (frames, rows, columns) by which places are told apart; how much place and content weigh in logits."""
 
     lengths: tuple[float, float, float]
     place: float

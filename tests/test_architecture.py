@@ -91,6 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # library -> the only modules that may import it.
 FENCES: dict[str, tuple[str, ...]] = {
     "triton": ("kernels",),
+    "cudnn": ("kernels.block_sparse_attention",),
     "torch": ("kernels", "pipeline.model", "pipeline.engine", "pipeline.assembly.worker_side"),
     "safetensors": ("pipeline.model.checkpoint", "pipeline.engine.nano"),
     "diffusers": ("pipeline.engine.components", "pipeline.engine.nano"),
@@ -121,7 +122,7 @@ FUNCTION_IMPORTS = {
     "pipeline.assembly.driver_side": "the worker factory and the Ray pool: torch loads in workers, ray when asked for",
     "pipeline.storage.clients": "the session of the S3 client: that loads only where there is a bucket",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
-    "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton",
+    "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton; and a library that one tier needs",
     "jobs.bench": "the writer of random weights: torch loads only when there is something to write",
 }
 

@@ -33,7 +33,7 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     store = open_store(job.output, answer_timeout_s=timeout_s, is_exclusive=brief.is_exclusive)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
     budget = MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.demands) if device == "cuda" else None
-    ops = _operations(job.precision, device)
+    ops = operations(job.precision, device)
     engine = load_engine(model, job.precision, device=device, ops=ops, budget=budget)
     if device == "cuda" and job.model.size.has_audio:
         engine.denoiser.overlap_audio(torch.cuda.Stream())
@@ -53,7 +53,8 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     )
 
 
-def _operations(precision: PrecisionConfig, device: str) -> OpSet:
+def operations(precision: PrecisionConfig, device: str) -> OpSet:
+    """What a denoiser of this tier is built with on a device. UsageError where a library for it is missing."""
     ops = (fused_ops if precision.kernels == "fused" else device_ops)(device)
     if precision.attention != "block_sparse":
         return ops

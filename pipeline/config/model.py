@@ -174,4 +174,6 @@ class PrecisionConfig:
         require(tokens >= 0, "precision.dense_below_tokens", "0 or more", tokens, "use 4096")
         level = self.dense_above_level
         require(0 <= level <= 1, "precision.dense_above_level", "a noise level, 0 to 1", level, "1 keeps no step dense")
-        require(0 <= threshold < 1, "precision.step_cache_threshold", "from 0 to below 1", threshold, "0 reuses nothing")
+        require(
+            0 <= threshold < 1, "precision.step_cache_threshold", "from 0 to below 1", threshold, "0 reuses nothing"
+        )

@@ -90,8 +90,7 @@ def load_engine(
     _require_size(model, checkpoint)
     require_usable_dtypes(checkpoint.path, checkpoint.tensor_specs())
     _require_all_tensors_known(checkpoint)
-    _require_fp8_possible(model, precision, checkpoint, device)
-    _require_sparse_possible(model, precision, checkpoint, device)
+    _require_tier_possible(model, precision, checkpoint, device)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 
     plan = None if budget is None else _plan(model, precision, checkpoint, budget)
@@ -167,9 +166,7 @@ def _sparse_layers(precision: PrecisionConfig, model: ModelConfig) -> range:
     return range(precision.dense_first_layers, model.size.num_layers - precision.dense_last_layers)
 
 
-def _shortcuts(
-    model: ModelConfig, precision: PrecisionConfig, denoiser: AudioVideoDenoiser, ops: OpSet
-) -> Shortcuts:
+def _shortcuts(model: ModelConfig, precision: PrecisionConfig, denoiser: AudioVideoDenoiser, ops: OpSet) -> Shortcuts:
     layers, sparse = _sparse_layers(precision, model), None
     if layers:
         sparse = SparseSettings(
@@ -230,6 +227,13 @@ def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
     ]
     if wrong:
         raise UsageError(f"{'; '.join(wrong)}: {checkpoint.path} says so; correct conf/model/{model.name}.yaml")
+
+
+def _require_tier_possible(
+    model: ModelConfig, precision: PrecisionConfig, checkpoint: CheckpointFile, device: str
+) -> None:
+    _require_fp8_possible(model, precision, checkpoint, device)
+    _require_sparse_possible(model, precision, checkpoint, device)
 
 
 def _require_fp8_possible(

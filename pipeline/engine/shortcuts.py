@@ -28,7 +28,7 @@ log = logging.getLogger("pipeline.engine")
 
 @dataclass(frozen=True, eq=False)
 class SparseStage:
-    """A stage whose video tokens attend sparsely: their order in all of its steps, and what holds in the sparse ones."""
+    """A stage whose video tokens attend sparsely: their order in all steps, and what holds in the sparse ones."""
 
     order: TokenOrder
     pattern: BlockPattern

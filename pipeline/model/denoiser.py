@@ -31,7 +31,6 @@ from pipeline.model.streams import (
     text_bias,
 )
 
-
 StatePair = tuple[StreamState | None, StreamState | None]
 """Video and audio between two blocks; None for a stream not given."""
 

@@ -64,7 +64,7 @@ def seen_blocks(q_BHTK: Tensor, k_BHSK: Tensor, pattern: BlockPattern) -> Tensor
 
 
 def block_promise(q_BHTK: Tensor, k_BHSK: Tensor) -> Tensor:
-    """log of the sum of exp(q k / sqrt(K)) over a block's keys, for the mean query of each block: (B, H, Q, N), float32.
+    """log of the sum of exp(q k / sqrt(K)) over a block's keys, for each block's mean query: (B, H, Q, N), float32.
 
     Queries are pooled and keys are not: a few keys that all queries look at (sinks, outliers) are 1/128 of the mean of
     their block, and attention without them is another attention. tests/engine/test_block_choice.py has the numbers. It

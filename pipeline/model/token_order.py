@@ -70,7 +70,6 @@ def tile_order(boxes: Sequence[Box], *, tile: Box = TILE, device: torch.device |
 
 
 def _tiled(box: Box, tile: Box, device: torch.device | str) -> Tensor:
-    frames, rows, columns = box
     _, num_rows, num_columns = parts = [max(1, round(size / wanted)) for size, wanted in zip(box, tile, strict=True)]
     grid = torch.meshgrid(*(torch.arange(size, device=device) for size in box), indexing="ij")
     # Which tile along each axis, cut evenly.

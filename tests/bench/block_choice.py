@@ -1,7 +1,7 @@
-"""How much of the softmax mass the choice of blocks keeps on structured queries and keys, by density: a table on stdout.
+"""How much of the softmax mass the choice of blocks keeps on structured queries and keys, by density: a table.
 
-`python -m tests.bench.block_choice [--size 16x34x60] [--channels 128]` runs on a CPU, 1920x1088 in half a minute. What the
-heads are like is in `tests/structured_heads.py`; the test that holds the shipped density to it is
+`python -m tests.bench.block_choice [--size 16x34x60] [--channels 128]` runs on a CPU, 1920x1088 in half a minute. What
+the heads are like is in `tests/structured_heads.py`; the test that holds the shipped density to it is
 `tests/engine/test_block_choice.py`.
 """
 

@@ -271,7 +271,13 @@ def test_the_nano_model_is_built_beside_what_a_folder_holds(manifest: Manifest, 
 def test_the_fast_tier_renders_and_says_so(render: Render, manifest: Manifest, tmp_path: Path) -> None:
     """The nano model's two layers are both float8 and sparse, in both stages."""
     rows = manifest([{"id": "fast", "prompt": "a lighthouse", "width": 384, "height": 256, "num_frames": 25}])
-    settings = ("keep_first_blocks", "keep_last_blocks", "dense_first_layers", "dense_last_layers", "dense_below_tokens")
+    settings = (
+        "keep_first_blocks",
+        "keep_last_blocks",
+        "dense_first_layers",
+        "dense_last_layers",
+        "dense_below_tokens",
+    )
     done = render(rows, "precision=fast", *(f"precision.{name}=0" for name in settings))
     assert done.returncode == 0, done.stderr
     check_output(tmp_path / "out", ["fast"])

@@ -1,4 +1,4 @@
-"""What a tier leaves out of steps: as its settings say, in the steps and layers they name, and nothing anywhere else."""
+"""What a tier leaves out of steps: as its settings say, in the steps and layers they name, nothing anywhere else."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def test_layers_at_both_ends_stay_dense(nano_model, load):
 
 def test_only_the_videos_self_attention_is_sparse(nano_model, load):
     denoiser = load(nano_model, **SPARSE).denoiser
-    sparse = {name for name, module in denoiser.named_modules() if isinstance(vars(module).get("attend"), SparseAttention)}
+    sparse = {
+        name for name, module in denoiser.named_modules() if isinstance(vars(module).get("attend"), SparseAttention)
+    }
     assert sparse == {"blocks.0.video.self_attention", "blocks.1.video.self_attention"}
 
 
@@ -144,8 +146,8 @@ def test_a_gpu_worker_without_the_library_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(worker_side, "with_block_sparse_attention", missing)
     with pytest.raises(UsageError, match=r"got: No module named 'cudnn'; install the extra `sparse`"):
-        worker_side._operations(PrecisionConfig(attention="block_sparse", kernels="reference"), "cuda")
-    worker_side._operations(PrecisionConfig(kernels="reference"), "cuda")
+        worker_side.operations(PrecisionConfig(attention="block_sparse", kernels="reference"), "cuda")
+    worker_side.operations(PrecisionConfig(kernels="reference"), "cuda")
 
 
 def reuse(caplog):

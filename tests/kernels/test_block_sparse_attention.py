@@ -1,4 +1,4 @@
-"""Block-sparse attention is dense attention that sees less: checked against a mask, and on a GPU against the reference."""
+"""Block-sparse attention is dense attention that sees less: checked by a mask, and on a GPU by the reference."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def test_a_block_is_a_small_box_where_raster_order_makes_it_two_thin_lines(size)
 @pytest.mark.parametrize("folder", ["dit_ltx2_0", "dit_ltx2_3", "dit_ltxv_0_9_8_13b"])
 def test_velocities_do_not_depend_on_the_order_but_for_rounding(folder, fixtures, golden: Golden):
     case = golden(f"{folder}/case_t2v")
-    denoiser = load_denoiser(CheckpointFile(fixtures / folder / "model.safetensors"), reference_ops(), "cpu", torch.float32)
+    denoiser = load_denoiser(
+        CheckpointFile(fixtures / folder / "model.safetensors"), reference_ops(), "cpu", torch.float32
+    )
     num_tokens = case.video.tokens_BTC.shape[1]
     order = tile_order([(1, 1, num_tokens // 2), (1, 1, num_tokens - num_tokens // 2)], tile=(1, 1, 2))
     order = TokenOrder.from_source(order.source_T.flip(0))
