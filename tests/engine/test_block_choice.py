@@ -121,6 +121,15 @@ def test_pooled_keys_keep_less_because_they_hide_sinks_and_outliers(heads, stage
     assert not is_enough(mass_H) and mass_H.mean() < shipped_mass(heads, stage).mean() - 0.015, mass_H
 
 
+def test_of_nearly_even_attention_no_more_is_kept_than_is_seen(stage):
+    """Why random weights prove nothing: a choice is right or wrong only where queries look at something."""
+    generator = torch.Generator().manual_seed(0)
+    q_BHTK, k_BHTK = (torch.randn(1, 4, stage.pattern.num_tokens, 64, generator=generator) for _ in range(2))
+    mass_H = shipped_mass(StructuredHeads(HALF, q_BHTK, k_BHTK), stage)
+    seen = stage.pattern.num_seen / len(stage.pattern.always_QN)
+    assert ((mass_H - seen).abs() < 0.02).all(), mass_H
+
+
 def mass_by(promise, q_BHTK, k_BHTK, stage, heads):
     seen = promise.masked_fill(stage.pattern.always_QN, torch.inf).topk(stage.pattern.num_seen).indices
     return kept_mass(q_BHTK, k_BHTK, seen, sampled_queries(heads)).mean(dim=1)
