@@ -13,12 +13,16 @@ from torch import Tensor
 from kernels import cudnn_attention, linear_gelu, reference, scaled_mm
 from kernels.rows import Modulation, ScaledRows
 
+BLOCK_TOKENS = reference.BLOCK_TOKENS
+
 # Shape suffixes are those of kernels.reference.
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q_BHTK, k_BHSK, v_BHSK, additive bias or None) -> BHTK"""
 
 AttentionWithLseFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """As `AttentionFn` -> BHTK and the log-sum-exp of each query's scores, BHT"""
+BlockSparseAttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(q_BHTK, k_BHSK, v_BHSK, seen blocks of keys as int32 BHQN) -> BHTK"""
 
 RmsNormFn = Callable[[Tensor, float], Tensor]
 """(x_BTD, eps) -> BTD"""
@@ -70,6 +74,7 @@ class OpSet:
 
     attention: AttentionFn
     attention_with_lse: AttentionWithLseFn
+    block_sparse_attention: BlockSparseAttentionFn
     rms_norm: RmsNormFn
     modulated_rms_norm: ModulatedNormFn
     modulated_rms_norm_quantised: ModulatedNormQuantisedFn
@@ -127,3 +132,16 @@ def fused_ops(device: str) -> OpSet:
         linear_gelu=linear_gelu.linear_gelu,
         quantise_rows=quantise_rows.quantise_rows,
     )
+
+
+def with_block_sparse_attention(ops: OpSet, device: str) -> OpSet:
+    """`ops` with the fastest block-sparse attention that a device of this kind has, which on "cuda" is NVIDIA's.
+
+    ImportError without its libraries; other operations need none of them.
+    """
+    if device.split(":")[0] != "cuda":
+        return ops
+    # Libraries of a gigabyte, which only the tier that asks for them should need.
+    from kernels import block_sparse_attention
+
+    return replace(ops, block_sparse_attention=block_sparse_attention.block_sparse_attention)

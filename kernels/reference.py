@@ -5,6 +5,7 @@ the dtype of the first argument. No operation writes to its inputs.
 
 Shape suffixes: B batch, T tokens, S keys, D channels of a token, H heads, K channels of a head, P = K/2,
 N distinct timesteps of a sample. A size of 1 at B broadcasts. Of a linear layer: M rows of input, D channels in, N out.
+Of block-sparse attention: Q blocks of queries, N blocks of keys that each of them sees.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from kernels.rows import Modulation, ScaledRows
 
 FP8_MAX = 448.0
 """Largest number of float8 e4m3."""
+
+BLOCK_TOKENS = 128
+"""Queries, and keys, of a block of block-sparse attention."""
 
 
 def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,6 +45,27 @@ def attention_with_lse(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Ten
         scores_BHTS = scores_BHTS + bias.float()
     mixed_BHTK = scores_BHTS.softmax(dim=-1) @ v_BHSK.float()
     return mixed_BHTK.to(q_BHTK.dtype), scores_BHTS.logsumexp(dim=-1)
+
+
+def block_sparse_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_BHQN: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over the keys of the seen blocks only, (B, H, T, K), in the dtype of q.
+
+    Block i is tokens 128 i to 128 (i + 1), the last one perhaps fewer, so Q is T / 128 rounded up. `seen_BHQN` (int32)
+    names the blocks of keys that a block of queries sees, in any order, none twice.
+    """
+    num_keys = k_BHSK.shape[2]
+    padding = -num_keys % BLOCK_TOKENS
+    k_BHSK, v_BHSK = (functional.pad(x_BHSK, (0, 0, 0, padding)) for x_BHSK in (k_BHSK, v_BHSK))
+    place_N = torch.arange(BLOCK_TOKENS, device=q_BHTK.device)
+    mixed = []
+    for block, q_BHLK in enumerate(q_BHTK.split(BLOCK_TOKENS, dim=2)):
+        index_BHL = (seen_BHQN[:, :, block, :, None].long() * BLOCK_TOKENS + place_N).flatten(2)
+        index_BHLK = index_BHL[..., None].expand(-1, -1, -1, k_BHSK.shape[3])
+        hidden_BH1L = (index_BHL >= num_keys)[:, :, None]
+        bias_BH1L = torch.zeros_like(hidden_BH1L, dtype=q_BHLK.dtype).masked_fill(hidden_BH1L, -torch.inf)
+        k_BHLK, v_BHLK = (x_BHSK.gather(2, index_BHLK) for x_BHSK in (k_BHSK, v_BHSK))
+        mixed.append(attention(q_BHLK, k_BHLK, v_BHLK, bias_BH1L if padding else None))
+    return torch.cat(mixed, dim=2)
 
 
 def rms_norm(x_BTD: Tensor, eps: float) -> Tensor:

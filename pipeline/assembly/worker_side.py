@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from kernels.ops import device_ops, fused_ops
+from kernels.ops import OpSet, device_ops, fused_ops, with_block_sparse_attention
 from pipeline.assembly.brief import WorkerBrief
+from pipeline.config.model import PrecisionConfig
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
 from pipeline.engine.loading import MemoryBudget, load_engine
@@ -32,7 +33,7 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     store = open_store(job.output, answer_timeout_s=timeout_s, is_exclusive=brief.is_exclusive)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
     budget = MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.demands) if device == "cuda" else None
-    ops = (fused_ops if job.precision.kernels == "fused" else device_ops)(device)
+    ops = operations(job.precision, device)
     engine = load_engine(model, job.precision, device=device, ops=ops, budget=budget)
     if device == "cuda" and job.model.size.has_audio:
         engine.denoiser.overlap_audio(torch.cuda.Stream())
@@ -50,6 +51,20 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
         resume=job.resume,
         commits=brief.is_exclusive,
     )
+
+
+def operations(precision: PrecisionConfig, device: str) -> OpSet:
+    """What a denoiser of this tier is built with on a device. UsageError where a library for it is missing."""
+    ops = (fused_ops if precision.kernels == "fused" else device_ops)(device)
+    if precision.attention != "block_sparse":
+        return ops
+    try:
+        return with_block_sparse_attention(ops, device)
+    except ImportError as error:
+        raise UsageError(
+            f"precision.attention=block_sparse must find nvidia-cudnn-frontend and nvidia-cutlass-dsl on a GPU, got: "
+            f"{error}; install the extra `sparse` (pip install '.[sparse]') or use precision.attention=exact"
+        ) from error
 
 
 def _limit_gpu_memory(limit_gb: float, device: str) -> None:

@@ -110,6 +110,10 @@ class ModelConfig:
         return {**self.adapters, **self.cameras}
 
 
+# At 0.2, made-up heads at 1920x1088 lose more of their softmax than tests/engine/test_block_choice.py allows.
+MIN_DENSITY = 0.25
+
+
 @dataclass
 class PrecisionConfig:
     """How numbers are held and which operations compute them. Part of the content key."""
@@ -124,6 +128,19 @@ class PrecisionConfig:
     # With fp8: so many blocks at the start and at the end keep the checkpoint's numbers.
     keep_first_blocks: int = 3
     keep_last_blocks: int = 3
+    # exact, or block_sparse: video tokens see some blocks of 128 others, chosen by what is in them, not all.
+    attention: str = "exact"
+    # With block_sparse: the part of the blocks that is seen. In short clips it may be more.
+    attention_density: float = 0.3
+    # With block_sparse, what stays dense: stages of fewer video tokens, steps above a noise level (in which the clip
+    # takes shape), and so many layers at the start and at the end.
+    dense_below_tokens: int = 4096
+    dense_above_level: float = 0.95
+    dense_first_layers: int = 3
+    dense_last_layers: int = 3
+    # Above 0: a step whose first layer changes its input as the last computed step's did, but for this part, reuses
+    # what the other layers did then. For recipes of many steps.
+    step_cache_threshold: float = 0.0
     # 8 and 4 quantise the text encoder's weights, whose 24 GB are what a small card lacks first.
     text_encoder_bits: int = 16
     # Threads of torch on the CPU: a constant, because sums differ between thread counts. One, because two threads on
@@ -139,8 +156,24 @@ class PrecisionConfig:
         ok = self.linear != "fp8" or self.dtype != "float32"
         way_out = "use bfloat16, or precision.linear=exact"
         require(ok, "precision.dtype", "checkpoint or bfloat16 with fp8", self.dtype, way_out)
-        for name in ("keep_first_blocks", "keep_last_blocks"):
+        for name in ("keep_first_blocks", "keep_last_blocks", "dense_first_layers", "dense_last_layers"):
             require(getattr(self, name) >= 0, f"precision.{name}", "0 or more", getattr(self, name), "use 3")
+        self._require_shortcuts()
         bits = self.text_encoder_bits
         require(bits in (4, 8, 16), "precision.text_encoder_bits", "4, 8 or 16", bits, "16 keeps the numbers")
         require(self.torch_threads >= 1, "precision.torch_threads", "1 or more", self.torch_threads, "use 1")
+
+    def _require_shortcuts(self) -> None:
+        kinds = ("exact", "block_sparse")
+        ok = self.attention in kinds
+        require(ok, "precision.attention", " or ".join(kinds), self.attention, "use precision=fast")
+        density, threshold = self.attention_density, self.step_cache_threshold
+        rule = f"between {MIN_DENSITY} and 1"
+        require(MIN_DENSITY <= density <= 1, "precision.attention_density", rule, density, "use 0.3")
+        tokens = self.dense_below_tokens
+        require(tokens >= 0, "precision.dense_below_tokens", "0 or more", tokens, "use 4096")
+        level = self.dense_above_level
+        require(0 <= level <= 1, "precision.dense_above_level", "a noise level, 0 to 1", level, "1 keeps no step dense")
+        require(
+            0 <= threshold < 1, "precision.step_cache_threshold", "from 0 to below 1", threshold, "0 reuses nothing"
+        )

@@ -23,6 +23,7 @@ from pipeline.engine.conditions import Hold
 from pipeline.engine.guidance import guided
 from pipeline.engine.latents import NoiseSource, Tokens, audio_positions, video_positions
 from pipeline.engine.samplers import Course, Prediction, StepResult, sampler_named
+from pipeline.engine.shortcuts import NO_SHORTCUTS, Shortcuts
 from pipeline.engine.sigmas import noise_steps
 from pipeline.errors import EngineFault
 from pipeline.geometry import LatentShape
@@ -68,11 +69,12 @@ def denoise(
     noise: NoiseSource,
     on_step: OnStep = ignore_steps,
     spread: PassSpread = compute_all,
+    shortcuts: Shortcuts = NO_SHORTCUTS,
 ) -> Tokens:
     """The state after all steps, each of which is told to `on_step`. EngineFault if it is not finite."""
     state = start
     num_steps = len(noise_steps(stage.levels(scene.shape.num_video_tokens)))
-    for step, progress in enumerate(denoising(denoiser, start, scene, stage, noise, spread), start=1):
+    for step, progress in enumerate(denoising(denoiser, start, scene, stage, noise, spread, shortcuts), start=1):
         state = progress.state
         on_step("denoise", step, num_steps)
     for name, tokens_BTC in (("video", state.video_BTC), ("audio", state.audio_BTC)):
@@ -89,18 +91,27 @@ def denoising(
     stage: StageConfig,
     noise: NoiseSource,
     spread: PassSpread = compute_all,
+    shortcuts: Shortcuts = NO_SHORTCUTS,
 ) -> Iterator[StepResult]:
     """Every step in turn, from `start`, whose noise level is the first step's. Arithmetic between calls is float32."""
-    predictor = Predictor(denoiser, scene, stage, spread)
+    predictor = Predictor(denoiser, scene, stage, spread, shortcuts)
     steps = noise_steps(stage.levels(scene.shape.num_video_tokens))
     course = Course(steps, predictor.predict, predictor.hold, noise, stage.eta)
-    return sampler_named(stage.sampler)(course, start)
+    yield from sampler_named(stage.sampler)(course, start)
+    predictor.shortcuts.log_reuse()
 
 
 class Predictor:
     """Asks the denoiser for every prediction that the guidance at a noise level needs, and combines them."""
 
-    def __init__(self, denoiser: Denoiser, scene: Scene, stage: StageConfig, spread: PassSpread = compute_all) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scene: Scene,
+        stage: StageConfig,
+        spread: PassSpread = compute_all,
+        shortcuts: Shortcuts = NO_SHORTCUTS,
+    ) -> None:
         self._spread = spread
         self._denoiser = denoiser
         self._scene = scene
@@ -113,6 +124,7 @@ class Predictor:
         self._conditioning: dict[tuple[bool, ...], Conditioning] = {}
         # A hold's few distinct values are found once, because finding them waits for the accelerator.
         self._freedom = None if scene.hold is None else DistinctTimesteps.from_tokens(scene.hold.mask_BT)
+        self.shortcuts = shortcuts.begin(denoiser, scene.shape, self._video_positions_B3T2)
 
     def predict(self, state: Tokens, sigma: float) -> Prediction:
         """The clean tokens of `state` at noise level `sigma`, guided, and moved to what they are held to."""
@@ -176,14 +188,20 @@ class Predictor:
     ) -> list[Velocities]:
         """One call of the denoiser, one sample for each name."""
         video, audio = self._streams(names, state, sigma)
+        video = self.shortcuts.ordered(video)
         negatives = tuple(name == NEGATIVE for name in names)
         if negatives not in self._conditioning:
             self._conditioning[negatives] = self._denoiser.prepare(video, audio)
         perturbations = None
         if PERTURBED in names or ISOLATED in names:
             perturbations = [self._perturbation(name, guidance) for name in names]
-        video_PTC, audio_PTC = self._denoiser(video, audio, self._conditioning[negatives], perturbations)
-        assert video_PTC is not None, "a call is always given video"
+        video_PTC, audio_PTC = self.shortcuts.velocities(
+            (video, audio),
+            self._conditioning[negatives],
+            perturbations,
+            sigma=sigma,
+            predictions=(*names, *guidance.stg_blocks),
+        )
         return [
             (video_PTC[i : i + 1].float(), None if audio_PTC is None else audio_PTC[i : i + 1].float())
             for i in range(len(names))

@@ -40,6 +40,7 @@ from pipeline.engine.latents import (
 )
 from pipeline.engine.residency import ALL_RESIDENT, Residency
 from pipeline.engine.samplers import sampler_named
+from pipeline.engine.shortcuts import NO_SHORTCUTS, Shortcuts
 from pipeline.engine.sigmas import noise_levels
 from pipeline.engine.text import TEXT_ENCODER, TextConditioner
 from pipeline.errors import DeviceBroken, OutOfMemory, UsageError
@@ -120,6 +121,8 @@ class RenderEngine:
     residency: Residency = ALL_RESIDENT
     # Which processes compute a guided step's predictions.
     spread: PassSpread = compute_all
+    # What the precision tier leaves out of steps.
+    shortcuts: Shortcuts = NO_SHORTCUTS
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
 
@@ -225,7 +228,7 @@ class RenderEngine:
         if hold is not None:
             start = replace(start, video_BTC=hold.blend(start.video_BTC))
         scene = Scene(shape, brief.texts, hold)
-        end = denoise(self.denoiser, start, scene, stage, noise, on_step, self.spread)
+        end = denoise(self.denoiser, start, scene, stage, noise, on_step, self.spread, self.shortcuts)
         return drop_appended(end, shape)
 
     def _held(self, picture: Picture, shape: LatentShape, stage: StageConfig, noise: NoiseSource) -> HeldPicture:

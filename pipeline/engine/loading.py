@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +30,8 @@ from pipeline.engine.components.vocoder import load_vocoder
 from pipeline.engine.engine import DENOISER, VIDEO_DECODER, RenderEngine
 from pipeline.engine.memory import PHASES, MemoryPlan, Part, plan_for_most
 from pipeline.engine.residency import Residency
+from pipeline.engine.shortcuts import Shortcuts, SparseSettings
+from pipeline.engine.step_cache import StepCache
 from pipeline.engine.text import TEXT_ENCODER, TextConditioner
 from pipeline.errors import CheckpointMismatch, UsageError
 from pipeline.model.adapters import FusedAdapters
@@ -39,8 +42,10 @@ from pipeline.model.checkpoint import (
     name_on_disk,
     read_hparams,
 )
+from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.dtypes import require_usable_dtypes
 from pipeline.model.hparams import ExchangeTimesteps
+from pipeline.model.sparse_attention import use_sparse_attention
 
 log = logging.getLogger("pipeline.engine")
 
@@ -53,6 +58,9 @@ _DTYPES: dict[str, torch.dtype | None] = {
 WHOLE_BITS = 16
 # GPUs from here on multiply 8-bit numbers (Ada, Hopper).
 FP8_CAPABILITY = (8, 9)
+# What NVIDIA's block-sparse kernel was measured on, and the channels of a head that it takes there.
+SPARSE_CAPABILITY = (9, 0)
+SPARSE_HEAD_CHANNELS = (64, 96, 128)
 # The audio encoder is not loaded yet; published files may also carry statistics that no released code reads.
 _KNOWN_AND_UNUSED = re.compile(
     r"audio_vae\.encoder\..+"
@@ -84,7 +92,7 @@ def load_engine(
     _require_size(model, checkpoint)
     require_usable_dtypes(checkpoint.path, checkpoint.tensor_specs())
     _require_all_tensors_known(checkpoint)
-    _require_fp8_possible(model, precision, checkpoint, device)
+    _require_tier_possible(model, precision, checkpoint, device)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 
     plan = None if budget is None else _plan(model, precision, checkpoint, budget)
@@ -124,6 +132,7 @@ def load_engine(
         vocoder=load_vocoder(checkpoint, device=device) if model.size.has_audio else None,
         device=device,
         residency=residency,
+        shortcuts=_shortcuts(model, precision, denoiser, ops),
     )
     _log_loaded(model, device, plan, text_encoder_s=text_loaded - started, load_s=time.monotonic() - started)
     return engine
@@ -151,6 +160,25 @@ def _fp8_blocks(precision: PrecisionConfig, model: ModelConfig) -> range:
     if precision.linear != "fp8":
         return range(0)
     return range(precision.keep_first_blocks, model.size.num_layers - precision.keep_last_blocks)
+
+
+def _sparse_layers(precision: PrecisionConfig, model: ModelConfig) -> range:
+    if precision.attention != "block_sparse":
+        return range(0)
+    return range(precision.dense_first_layers, model.size.num_layers - precision.dense_last_layers)
+
+
+def _shortcuts(model: ModelConfig, precision: PrecisionConfig, denoiser: AudioVideoDenoiser, ops: OpSet) -> Shortcuts:
+    layers, sparse = _sparse_layers(precision, model), None
+    if layers:
+        sparse = SparseSettings(
+            use_sparse_attention(denoiser, layers, ops),
+            precision.attention_density,
+            precision.dense_below_tokens,
+            precision.dense_above_level,
+        )
+    threshold = precision.step_cache_threshold
+    return Shortcuts(sparse, partial(StepCache, threshold, ops) if threshold else None)
 
 
 def _plan(
@@ -204,6 +232,13 @@ def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
         raise UsageError(f"{'; '.join(wrong)}: {checkpoint.path} says so; correct conf/model/{model.name}.yaml")
 
 
+def _require_tier_possible(
+    model: ModelConfig, precision: PrecisionConfig, checkpoint: CheckpointFile, device: str
+) -> None:
+    _require_fp8_possible(model, precision, checkpoint, device)
+    _require_sparse_possible(model, precision, checkpoint, device)
+
+
 def _require_fp8_possible(
     model: ModelConfig, precision: PrecisionConfig, checkpoint: CheckpointFile, device: str
 ) -> None:
@@ -224,14 +259,50 @@ def _require_fp8_possible(
             f"precision.linear must be exact on a GPU below compute capability 8.9, got fp8 on one of "
             f"{capability[0]}.{capability[1]}; use precision=exact"
         )
+    _require_bfloat16_stream(precision, checkpoint, "fp8")
+
+
+def _require_bfloat16_stream(precision: PrecisionConfig, checkpoint: CheckpointFile, what: str) -> None:
     # The stream is of the numbers of the layer that embeds its tokens.
     spec = checkpoint.tensor_specs().get(name_on_disk("video.embed.weight"))
     dtype = _DTYPES[precision.dtype] or (None if spec is None else spec.dtype)
     if dtype not in (None, torch.bfloat16):
         raise UsageError(
-            f"precision.dtype must be bfloat16 with fp8 on a GPU, got {precision.dtype} with weights of {dtype} in "
+            f"precision.dtype must be bfloat16 with {what} on a GPU, got {precision.dtype} with weights of {dtype} in "
             f"{checkpoint.path}; use precision.dtype=bfloat16"
         )
+
+
+def _require_sparse_possible(
+    model: ModelConfig, precision: PrecisionConfig, checkpoint: CheckpointFile, device: str
+) -> None:
+    """UsageError where precision.attention=block_sparse would change nothing, or fail at the first sparse step."""
+    if precision.attention != "block_sparse":
+        return
+    if not _sparse_layers(precision, model):
+        raise UsageError(
+            f"precision.dense_first_layers and dense_last_layers must leave one of the {model.size.num_layers} layers "
+            f"of {model.name} to block_sparse, got {precision.dense_first_layers} and {precision.dense_last_layers}; "
+            "use smaller ones or precision.attention=exact"
+        )
+    if torch.device(device).type != "cuda":
+        return
+    way_out = "use precision.attention=exact"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != SPARSE_CAPABILITY:
+        found = ".".join(map(str, capability))
+        raise UsageError(
+            f"precision.attention must be exact on a GPU that is not of compute capability 9.0, got block_sparse on "
+            f"one of {found}; {way_out}"
+        )
+    video = read_hparams(checkpoint).video
+    channels = video.width // video.num_heads
+    if channels not in SPARSE_HEAD_CHANNELS:
+        raise UsageError(
+            f"precision.attention must be exact on a GPU for heads of other than {SPARSE_HEAD_CHANNELS} channels, got "
+            f"block_sparse for {channels}; {way_out}"
+        )
+    _require_bfloat16_stream(precision, checkpoint, "block_sparse")
 
 
 def _require_all_tensors_known(checkpoint: CheckpointFile) -> None:

@@ -8,7 +8,7 @@ K distinct timesteps of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -31,6 +31,12 @@ from pipeline.model.streams import (
     text_bias,
 )
 
+StatePair = tuple[StreamState | None, StreamState | None]
+"""Video and audio between two blocks; None for a stream not given."""
+
+OthersFn = Callable[[StatePair, StatePair, Callable[[], StatePair]], StatePair]
+"""(before the first block, after it, what runs the other blocks) -> after the last block"""
+
 
 class Denoiser(Protocol):
     """What sampling needs of a denoiser, be it on one device or on several: see `AudioVideoDenoiser`."""
@@ -46,6 +52,7 @@ class Denoiser(Protocol):
         audio: TokenStream | None,
         conditioning: Conditioning | None = None,
         perturbations: Sequence[Perturbation] | None = None,
+        others: OthersFn | None = None,
     ) -> tuple[Tensor | None, Tensor | None]: ...
 
     def overlap_audio(self, stream: torch.cuda.Stream | None) -> None: ...
@@ -181,11 +188,13 @@ class AudioVideoDenoiser(nn.Module):
         audio: TokenStream | None,
         conditioning: Conditioning | None = None,
         perturbations: Sequence[Perturbation] | None = None,
+        others: OthersFn | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Velocities (B, T, C) of video and audio, in the dtype of the weights; None for a stream not given.
 
         `conditioning` is what `prepare` returned for streams with this text, these masks and positions, and is computed
-        here if absent. `perturbations` has one entry a sample. ValueError if an argument does not fit the others.
+        here if absent. `perturbations` has one entry a sample. `others` says what becomes of the blocks after the
+        first; without it they are run. ValueError if an argument does not fit the others.
         """
         self._require_streams_fit(video, audio)
         if conditioning is None:
@@ -193,17 +202,28 @@ class AudioVideoDenoiser(nn.Module):
         if perturbations is not None:
             _require_fitting(perturbations, video, audio)
 
-        # Skips are made and dropped block by block on the caller's side, so then audio stays there too.
-        lane = self._audio_lane if video is not None and perturbations is None else INLINE
+        # Skips are made and dropped block by block on the caller's side, so then audio stays there too; and so it does
+        # for `others`, which looks at both streams.
+        lane = self._audio_lane if video is not None and perturbations is None and others is None else INLINE
         lane.follow()
         video_state = _enter(self.video, video, audio, conditioning.video)
         with lane.work():
             audio_state = _enter(self.audio, audio, video, conditioning.audio)
-        for index, block in enumerate(self.blocks):
-            skips = NO_SKIPS
-            if perturbations is not None:
-                skips = skips_of_block(perturbations, index, self.video.embed.weight.device)
-            video_state, audio_state = block(video_state, audio_state, skips, lane)
+
+        def run(states: StatePair, first: int, end: int) -> StatePair:
+            for index in range(first, end):
+                skips = NO_SKIPS
+                if perturbations is not None:
+                    skips = skips_of_block(perturbations, index, self.video.embed.weight.device)
+                states = self.blocks[index](*states, skips, lane)
+            return states
+
+        entered, num_blocks = (video_state, audio_state), len(self.blocks)
+        if others is None:
+            video_state, audio_state = run(entered, 0, num_blocks)
+        else:
+            after_first = run(entered, 0, 1)
+            video_state, audio_state = others(entered, after_first, lambda: run(after_first, 1, num_blocks))
         video_BTC = _leave(self.video, video_state)
         with lane.work():
             audio_BTC = _leave(self.audio, audio_state)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.ops import AttentionWithLseFn
 from pipeline.model.block import AudioVideoBlock
-from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.denoiser import AudioVideoDenoiser, OthersFn
 from pipeline.model.hparams import DenoiserHparams
 from pipeline.model.streams import Conditioning, DistinctTimesteps, Perturbation, TokenStream, attention_bias
 from pipeline.parallel.attention import (
@@ -83,14 +83,18 @@ class SequenceParallelDenoiser:
         audio: TokenStream | None,
         conditioning: Conditioning | None = None,
         perturbations: Sequence[Perturbation] | None = None,
+        others: OthersFn | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """See `AudioVideoDenoiser.forward`; velocities are those of whole streams, on every rank."""
+        """See `AudioVideoDenoiser.forward`; velocities are those of whole streams, on every rank.
+
+        `others` is told of this rank's part, and must decide alike on every rank.
+        """
         if conditioning is None:
             conditioning = self.prepare(video, audio)
         if video is None:
-            return self._denoiser(video, audio, conditioning, perturbations)
+            return self._denoiser(video, audio, conditioning, perturbations, others)
         shards = self._call.shards = self._shards(video)
-        part_BTC, audio_BTC = self._denoiser(self._part(video, shards), audio, conditioning, perturbations)
+        part_BTC, audio_BTC = self._denoiser(self._part(video, shards), audio, conditioning, perturbations, others)
         return gathered(part_BTC, self._groups.tokens, dim=1)[:, : shards.num_tokens], audio_BTC
 
     def _shards(self, video: TokenStream) -> Shards:

@@ -192,6 +192,12 @@ def precision_content(precision: PrecisionConfig) -> dict[str, Any]:
     del content["name"]
     if precision.linear != "fp8":
         del content["keep_first_blocks"], content["keep_last_blocks"]
+    if precision.attention != "block_sparse":
+        for name in ("attention", "attention_density", "dense_below_tokens", "dense_above_level",
+                     "dense_first_layers", "dense_last_layers"):  # fmt: skip
+            del content[name]
+    if not precision.step_cache_threshold:
+        del content["step_cache_threshold"]
     return content
 
 

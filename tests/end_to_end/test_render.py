@@ -266,3 +266,21 @@ def test_the_nano_model_is_built_beside_what_a_folder_holds(manifest: Manifest, 
     assert [path.name for path in folder.iterdir()] == ["ltx.safetensors"], "a dry run writes nothing"
     assert run_command("render", *arguments).returncode == 0
     assert (folder / "ltx.safetensors").read_text() == "somebody's weights"
+
+
+def test_the_fast_tier_renders_and_says_so(render: Render, manifest: Manifest, tmp_path: Path) -> None:
+    """The nano model's two layers are both float8 and sparse, in both stages."""
+    rows = manifest([{"id": "fast", "prompt": "a lighthouse", "width": 384, "height": 256, "num_frames": 25}])
+    settings = (
+        "keep_first_blocks",
+        "keep_last_blocks",
+        "dense_first_layers",
+        "dense_last_layers",
+        "dense_below_tokens",
+    )
+    done = render(rows, "precision=fast", *(f"precision.{name}=0" for name in settings))
+    assert done.returncode == 0, done.stderr
+    check_output(tmp_path / "out", ["fast"])
+    assert results_of(runs_of(tmp_path / "out")[0])[0]["precision"] == "fast"
+    refused = render(rows, "precision=fast", "precision.keep_first_blocks=0", "precision.keep_last_blocks=0")
+    assert refused.returncode == 2 and "must leave one of the 2 layers of nano to block_sparse" in refused.stderr

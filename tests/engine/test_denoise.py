@@ -32,8 +32,8 @@ class Recorder:
         self.num_prepared += 1
         return "prepared"
 
-    def __call__(self, video, audio, conditioning, perturbations):
-        assert conditioning == "prepared"
+    def __call__(self, video, audio, conditioning, perturbations, others):
+        assert conditioning == "prepared" and others is None
         self.calls.append((video, audio, perturbations))
         return tuple(
             torch.full_like(s.tokens_BTC, self.value)

@@ -105,6 +105,15 @@ def test_a_row_that_says_what_its_recipe_says_anyway_is_the_same_clip() -> None:
     assert len({key(planning), *(key(planning, **other) for other in others)}) == len(others) + 1
 
 
+SPARSE_SETTINGS: dict[str, Any] = {
+    "attention_density": 0.5,
+    "dense_below_tokens": 1,
+    "dense_above_level": 0.5,
+    "dense_first_layers": 0,
+    "dense_last_layers": 0,
+}
+
+
 @pytest.mark.parametrize(
     ("planning", "changed"),
     [
@@ -112,6 +121,8 @@ def test_a_row_that_says_what_its_recipe_says_anyway_is_the_same_clip() -> None:
         (planner(PLAIN), {"model": ModelConfig(exchange_timesteps="1.0.0")}),
         (planner(PLAIN), {"fingerprint": "g"}),
         (planner(PLAIN), {"precision": PrecisionConfig(linear="fp8")}),
+        (planner(PLAIN), {"precision": PrecisionConfig(attention="block_sparse")}),
+        (planner(PLAIN), {"precision": PrecisionConfig(step_cache_threshold=0.1)}),
         (planner(guided()), {"recipes": {"guided": replace(guided(), negative_prompt="fog")}}),
         (planner(PLAIN), {"recipes": {"plain": replace(PLAIN, decode=DecodeConfig(tone_map=0.5))}}),
         (planner(LTX_VIDEO), {"recipes": {"video": replace(LTX_VIDEO, decode=DecodeConfig(noise_scale=0.5))}}),
@@ -126,6 +137,7 @@ def test_what_changes_the_clip_changes_its_key(planning: Planner, changed: dict[
     [
         {"model": ModelConfig(name="other", folder="/elsewhere")},
         {"precision": PrecisionConfig(name="mine", keep_first_blocks=1)},
+        {"precision": PrecisionConfig(**SPARSE_SETTINGS)},
         {"recipes": {"copy": replace(PLAIN, name="copy", negative_prompt="fog")}, "default_recipe": "copy"},
         {"recipes": {"plain": replace(PLAIN, decode=DecodeConfig(noise_scale=0.5))}},
     ],
@@ -138,6 +150,18 @@ def test_what_changes_nothing_of_the_clip_is_not_in_its_key(changed: dict[str, A
 def test_the_blocks_that_keep_their_numbers_count_where_the_others_do_not() -> None:
     fp8 = replace(planner(PLAIN), precision=PrecisionConfig(linear="fp8"))
     assert key(replace(fp8, precision=PrecisionConfig(linear="fp8", keep_first_blocks=1))) != key(fp8)
+
+
+@pytest.mark.parametrize("setting", SPARSE_SETTINGS)
+def test_every_setting_of_sparse_attention_counts_where_attention_is_sparse(setting: str) -> None:
+    sparse = PrecisionConfig(attention="block_sparse")
+    changed = replace(sparse, **{setting: SPARSE_SETTINGS[setting]})
+    assert key(replace(planner(PLAIN), precision=changed)) != key(replace(planner(PLAIN), precision=sparse))
+
+
+def test_step_caches_of_other_thresholds_are_other_clips() -> None:
+    tiers = [PrecisionConfig(step_cache_threshold=threshold) for threshold in (0.0, 0.1, 0.2)]
+    assert len({key(replace(planner(PLAIN), precision=tier)) for tier in tiers}) == 3
 
 
 def test_rows_of_many_kinds_planned_together_get_the_keys_and_estimates_they_get_alone() -> None:
