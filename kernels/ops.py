@@ -77,8 +77,8 @@ ActivationFn = Callable[[Tensor], Tensor]
 class OpSet:
     """One implementation of each operation. To swap one, use `dataclasses.replace`.
 
-    `sum_of_squares`, `qk_scale_rope`, `row_peaks` and `quantise_rows_to` are the halves of norms and quantisations whose
-    rows are held by several devices.
+    `sum_of_squares`, `qk_scale_rope`, `row_peaks` and `quantise_rows_to` are the halves of norms and quantisations
+    whose rows are held by several devices.
     """
 
     attention: AttentionFn

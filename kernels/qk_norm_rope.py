@@ -3,9 +3,11 @@
     y = x / sqrt(mean(x^2 over all D channels) + eps) * weight;   (a, b) -> (a cos - b sin, b cos + a sin)
 
 x (B, T, D = H * K), contiguous, of float32, bfloat16 or float16; weight (D,); cos and sin float32 (B or 1, H, T, K/2),
-contiguous, or None for the norm alone. Where the channels of a token are held by several devices the norm comes in two
-halves: the sum of squares of those here, then, once the devices have added theirs up, scale and rotation. a and b are the two halves of a head's channels, or (interleaved) its even and
+contiguous, or None for the norm alone. a and b are the two halves of a head's channels, or (interleaved) its even and
 odd ones. Everything is float32 and rounded once, to the dtype of x. One program a token holds its row in registers.
+
+Where the channels of a token are held by several devices this comes in two halves: the sum of squares of those here,
+then, once the devices have added theirs up, the rest by the inverse of the norm.
 
 The result has the shape (B, H, T, K) but lies in memory as x does, token by token: rows are written as they were read,
 and attention, which gives its result the layout of the queries, needs no copy to put heads side by side again.

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.records": {"pipeline.errors", "pipeline.geometry"},
     "pipeline.model": {"kernels.ops", "kernels.rows", "pipeline.geometry", "pipeline.errors"},
     "pipeline.media": {"pipeline.errors", "pipeline.geometry"},
+    "pipeline.parallel": {"kernels.ops", "kernels.rows", "pipeline.errors", "pipeline.model"},
     "pipeline.storage": {"pipeline.errors", "pipeline.records"},
     "pipeline.cost": {"pipeline.errors", "pipeline.config", "pipeline.records"},
     # Rebuilds pages from a run's folder, so it also reads runs and writes the page.
@@ -91,7 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # library -> the only modules that may import it.
 FENCES: dict[str, tuple[str, ...]] = {
     "triton": ("kernels",),
-    "torch": ("kernels", "pipeline.model", "pipeline.engine", "pipeline.assembly.worker_side"),
+    "torch": ("kernels", "pipeline.model", "pipeline.engine", "pipeline.parallel", "pipeline.assembly.worker_side"),
     "safetensors": ("pipeline.model.checkpoint", "pipeline.engine.nano"),
     "diffusers": ("pipeline.engine.components", "pipeline.engine.nano"),
     "transformers": ("pipeline.engine.components", "pipeline.engine.nano"),
