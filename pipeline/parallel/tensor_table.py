@@ -41,6 +41,11 @@ def split_of(module: str) -> Split | None:
     return SPLITS.get(module.rpartition(".")[2]) if module.startswith("blocks.") else None
 
 
+def is_audio_work(module: str) -> bool:
+    """If the denoiser computes this module, by its name in code, in the audio stream's lane (`AudioVideoBlock`)."""
+    return ".audio." in module or ".audio_from_video" in module
+
+
 def region(place: str, shape: Sequence[int], share: Share) -> Region:
     """What of the tensor of this name in code, `shape` as a whole, a share holds."""
     module, _, _ = place.rpartition(".")
