@@ -10,12 +10,15 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from kernels import linear_gelu, reference, scaled_mm
+from kernels import cudnn_attention, linear_gelu, reference, scaled_mm
 from kernels.rows import Modulation, ScaledRows
 
 # Shape suffixes are those of kernels.reference.
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q_BHTK, k_BHSK, v_BHSK, additive bias or None) -> BHTK"""
+
+AttentionWithLseFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""As `AttentionFn` -> BHTK and the log-sum-exp of each query's scores, BHT"""
 
 RmsNormFn = Callable[[Tensor, float], Tensor]
 """(x_BTD, eps) -> BTD"""
@@ -82,6 +85,7 @@ class OpSet:
     """
 
     attention: AttentionFn
+    attention_with_lse: AttentionWithLseFn
     rms_norm: RmsNormFn
     modulated_rms_norm: ModulatedNormFn
     modulated_rms_norm_quantised: ModulatedNormQuantisedFn
@@ -112,7 +116,11 @@ def reference_ops() -> OpSet:
 def device_ops(device: str) -> OpSet:
     """The plain operations, but for those that a device of this kind ("cpu", "cuda", "cuda:1") has units for."""
     if device.split(":")[0] == "cuda":
-        return replace(reference_ops(), fp8_linear=scaled_mm.fp8_linear)
+        return replace(
+            reference_ops(),
+            attention_with_lse=cudnn_attention.attention_with_lse,
+            fp8_linear=scaled_mm.fp8_linear,
+        )
     return reference_ops()
 
 

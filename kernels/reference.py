@@ -30,6 +30,19 @@ def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | Non
     return functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias)
 
 
+def attention_with_lse(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`attention`, and log(sum over S of exp(q k^T / sqrt(K) + bias)), float32 (B, H, T).
+
+    With the second, attention over parts of the keys adds up to attention over all of them: each part weighs
+    exp(its own - that of all). Arithmetic is float32. There must be at least one key.
+    """
+    scores_BHTS = q_BHTK.float() @ k_BHSK.float().transpose(-1, -2) * q_BHTK.shape[-1] ** -0.5
+    if bias is not None:
+        scores_BHTS = scores_BHTS + bias.float()
+    mixed_BHTK = scores_BHTS.softmax(dim=-1) @ v_BHSK.float()
+    return mixed_BHTK.to(q_BHTK.dtype), scores_BHTS.logsumexp(dim=-1)
+
+
 def rms_norm(x_BTD: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2 over D) + eps), (B, T, D)."""
     return _rms_normalised(x_BTD, eps).to(x_BTD.dtype)

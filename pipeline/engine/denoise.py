@@ -9,11 +9,12 @@ Shapes: B batch (1), T tokens, C channels, P predictions of a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from pipeline.config.guidance import ISOLATED, LEVEL_SLACK, NEGATIVE, PERTURBED, GuidanceConfig
 from pipeline.config.recipe import StageConfig
@@ -25,11 +26,21 @@ from pipeline.engine.samplers import Course, Prediction, StepResult, sampler_nam
 from pipeline.engine.sigmas import noise_steps
 from pipeline.errors import EngineFault
 from pipeline.geometry import LatentShape
-from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.denoiser import Denoiser
 from pipeline.model.streams import Conditioning, DistinctTimesteps, Perturbation, SkipStrategy, TokenStream
 from pipeline.telemetry import OnStep, ignore_steps
 
 UNGUIDED = GuidanceConfig()
+
+# Of video and audio, (1,T,C) float32 each.
+Velocities = tuple[Tensor, Tensor | None]
+PassSpread = Callable[[Sequence[str], Callable[[Sequence[str]], list[Velocities]]], list[Velocities]]
+"""(names of a step's predictions, what computes those of some names) -> those of all names, in their order."""
+
+
+def compute_all(names: Sequence[str], compute: Callable[[Sequence[str]], list[Velocities]]) -> list[Velocities]:
+    """Nothing is left to other processes."""
+    return compute(names)
 
 
 @dataclass(frozen=True)
@@ -50,17 +61,18 @@ class Scene:
 
 
 def denoise(
-    denoiser: AudioVideoDenoiser,
+    denoiser: Denoiser,
     start: Tokens,
     scene: Scene,
     stage: StageConfig,
     noise: NoiseSource,
     on_step: OnStep = ignore_steps,
+    spread: PassSpread = compute_all,
 ) -> Tokens:
     """The state after all steps, each of which is told to `on_step`. EngineFault if it is not finite."""
     state = start
     num_steps = len(noise_steps(stage.levels(scene.shape.num_video_tokens)))
-    for step, progress in enumerate(denoising(denoiser, start, scene, stage, noise), start=1):
+    for step, progress in enumerate(denoising(denoiser, start, scene, stage, noise, spread), start=1):
         state = progress.state
         on_step("denoise", step, num_steps)
     for name, tokens_BTC in (("video", state.video_BTC), ("audio", state.audio_BTC)):
@@ -71,10 +83,15 @@ def denoise(
 
 
 def denoising(
-    denoiser: AudioVideoDenoiser, start: Tokens, scene: Scene, stage: StageConfig, noise: NoiseSource
+    denoiser: Denoiser,
+    start: Tokens,
+    scene: Scene,
+    stage: StageConfig,
+    noise: NoiseSource,
+    spread: PassSpread = compute_all,
 ) -> Iterator[StepResult]:
     """Every step in turn, from `start`, whose noise level is the first step's. Arithmetic between calls is float32."""
-    predictor = Predictor(denoiser, scene, stage)
+    predictor = Predictor(denoiser, scene, stage, spread)
     steps = noise_steps(stage.levels(scene.shape.num_video_tokens))
     course = Course(steps, predictor.predict, predictor.hold, noise, stage.eta)
     return sampler_named(stage.sampler)(course, start)
@@ -83,7 +100,8 @@ def denoising(
 class Predictor:
     """Asks the denoiser for every prediction that the guidance at a noise level needs, and combines them."""
 
-    def __init__(self, denoiser: AudioVideoDenoiser, scene: Scene, stage: StageConfig) -> None:
+    def __init__(self, denoiser: Denoiser, scene: Scene, stage: StageConfig, spread: PassSpread = compute_all) -> None:
+        self._spread = spread
         self._denoiser = denoiser
         self._scene = scene
         self._stage = stage
@@ -100,10 +118,14 @@ class Predictor:
         """The clean tokens of `state` at noise level `sigma`, guided, and moved to what they are held to."""
         guidance = self._stage.guidance_at(sigma) or UNGUIDED
         passes = guidance.passes(has_audio=state.audio_BTC is not None)
-        calls = [passes] if self._stage.batch_passes else [(name,) for name in passes]
-        velocities: dict[str, Tokens] = {}
-        for names in calls:
-            velocities |= self._velocities(names, guidance, state, sigma)
+
+        def compute(names: Sequence[str]) -> list[Velocities]:
+            calls = [names] if self._stage.batch_passes else [(name,) for name in names]
+            return [velocity for call in calls for velocity in self._velocities(call, guidance, state, sigma)]
+
+        velocities = {
+            name: Tokens(*velocity) for name, velocity in zip(passes, self._spread(passes, compute), strict=True)
+        }
         if self._stage.family == "ltx_video":
             clean = self._clean(state, self._combined(velocities, guidance), sigma)
             return Prediction(clean, clean)
@@ -151,8 +173,8 @@ class Predictor:
 
     def _velocities(
         self, names: Sequence[str], guidance: GuidanceConfig, state: Tokens, sigma: float
-    ) -> dict[str, Tokens]:
-        """One call of the denoiser, one sample for each name; velocities in float32."""
+    ) -> list[Velocities]:
+        """One call of the denoiser, one sample for each name."""
         video, audio = self._streams(names, state, sigma)
         negatives = tuple(name == NEGATIVE for name in names)
         if negatives not in self._conditioning:
@@ -161,10 +183,11 @@ class Predictor:
         if PERTURBED in names or ISOLATED in names:
             perturbations = [self._perturbation(name, guidance) for name in names]
         video_PTC, audio_PTC = self._denoiser(video, audio, self._conditioning[negatives], perturbations)
-        return {
-            name: Tokens(video_PTC[i : i + 1].float(), None if audio_PTC is None else audio_PTC[i : i + 1].float())
-            for i, name in enumerate(names)
-        }
+        assert video_PTC is not None, "a call is always given video"
+        return [
+            (video_PTC[i : i + 1].float(), None if audio_PTC is None else audio_PTC[i : i + 1].float())
+            for i in range(len(names))
+        ]
 
     def _streams(self, names: Sequence[str], state: Tokens, sigma: float) -> tuple[TokenStream, TokenStream | None]:
         count = len(names)

@@ -27,7 +27,7 @@ from pipeline.engine.decode import (
     decode_frames,
     decode_waveform,
 )
-from pipeline.engine.denoise import Scene, Texts, denoise
+from pipeline.engine.denoise import PassSpread, Scene, Texts, compute_all, denoise
 from pipeline.engine.latents import (
     NoiseSource,
     Tokens,
@@ -45,7 +45,7 @@ from pipeline.engine.text import TEXT_ENCODER, TextConditioner
 from pipeline.errors import DeviceBroken, OutOfMemory, UsageError
 from pipeline.geometry import SPATIAL_CELL_PX, LatentShape, PixelShape, RenderShape, latent_shape
 from pipeline.model.adapters import FusedAdapters
-from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.denoiser import Denoiser
 from pipeline.records.request import RenderRequest
 from pipeline.records.work import MEMORY_RUNGS
 from pipeline.telemetry import OnStage, OnStep, ignore_steps
@@ -103,10 +103,10 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderEngine:
-    """Every part of one model on one device. Not thread-safe."""
+    """Every part of one model on one device, or on one of those it is spread over. Not thread-safe."""
 
     text: TextConditioner
-    denoiser: AudioVideoDenoiser
+    denoiser: Denoiser
     # What is fused into the denoiser, and the files of the model's adapters by their names in recipes.
     fused: FusedAdapters
     adapter_files: Mapping[str, str]
@@ -118,6 +118,8 @@ class RenderEngine:
     vocoder: Vocoder | None
     device: str
     residency: Residency = ALL_RESIDENT
+    # Which processes compute a guided step's predictions.
+    spread: PassSpread = compute_all
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
 
@@ -223,7 +225,8 @@ class RenderEngine:
         if hold is not None:
             start = replace(start, video_BTC=hold.blend(start.video_BTC))
         scene = Scene(shape, brief.texts, hold)
-        return drop_appended(denoise(self.denoiser, start, scene, stage, noise, on_step), shape)
+        end = denoise(self.denoiser, start, scene, stage, noise, on_step, self.spread)
+        return drop_appended(end, shape)
 
     def _held(self, picture: Picture, shape: LatentShape, stage: StageConfig, noise: NoiseSource) -> HeldPicture:
         pixels_B31HW = picture.at_size(shape.height * SPATIAL_CELL_PX, shape.width * SPATIAL_CELL_PX).to(self.device)

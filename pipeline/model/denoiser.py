@@ -9,7 +9,7 @@ K distinct timesteps of a sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,25 @@ from pipeline.model.streams import (
     attention_bias,
     text_bias,
 )
+
+
+class Denoiser(Protocol):
+    """What sampling needs of a denoiser, be it on one device or on several: see `AudioVideoDenoiser`."""
+
+    @property
+    def hparams(self) -> DenoiserHparams: ...
+
+    def prepare(self, video: TokenStream | None, audio: TokenStream | None) -> Conditioning: ...
+
+    def __call__(
+        self,
+        video: TokenStream | None,
+        audio: TokenStream | None,
+        conditioning: Conditioning | None = None,
+        perturbations: Sequence[Perturbation] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def overlap_audio(self, stream: torch.cuda.Stream | None) -> None: ...
 
 
 class TextProjection(nn.Module):

@@ -1,4 +1,4 @@
-"""Everything that knows a rank: one model over several GPUs of a host.
+"""Everything that knows a rank: groups of processes, what they exchange, and a denoiser spread over them.
 
-The model itself is written for one device (`pipeline/model`); what is here slices, wraps and adds up around it.
+The denoiser itself is written for one device and does not know of this; nor do sampling and guidance.
 """

@@ -1,0 +1,65 @@
+"""A process becomes a rank, and stops being one: meeting the others, binding its device, leaving.
+
+Who starts processes and what follows when one dies is the cluster's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pipeline.parallel.layout import RankGroups, form_groups
+from pipeline.records.gang import Member
+from pipeline.records.parallel import ParallelLayout
+
+
+def join(member: Member, layout: ParallelLayout, device: str, timeout_s: float) -> RankGroups:
+    """Meet the other ranks and form the groups of the layout; `device` is cpu (gloo), cuda or cuda:0 (NCCL).
+
+    A collective that not all ranks have come to after `timeout_s` fails: on gloo it raises RuntimeError, on NCCL it
+    ends the process. RuntimeError if the ranks do not meet within that time; UsageError if they are not as many as the
+    layout wants.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(
+        member.host,
+        member.port,
+        member.num_ranks,
+        is_master=member.is_leader,
+        master_listen_fd=member.listen_fd,
+        timeout=timeout,
+    )
+    place = torch.device(device)
+    is_cuda = place.type == "cuda"
+    if is_cuda:
+        place = torch.device("cuda", place.index or 0)
+        torch.cuda.set_device(place)
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        store=store,
+        rank=member.rank,
+        world_size=member.num_ranks,
+        timeout=timeout,
+        # With its device known, NCCL connects the ranks now, and a device that cannot be reached is known now.
+        device_id=place if is_cuda else None,
+    )
+    return form_groups(layout)
+
+
+def leave() -> None:
+    """Stop being a rank. Others that wait for this one fail as soon as nothing here holds its groups any more."""
+    dist.destroy_process_group()
+
+
+@contextmanager
+def joined(member: Member, layout: ParallelLayout, device: str, timeout_s: float) -> Iterator[RankGroups]:
+    """A rank for as long as the block lasts; see `join`."""
+    groups = join(member, layout, device, timeout_s)
+    try:
+        yield groups
+    finally:
+        leave()
