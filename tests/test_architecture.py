@@ -125,6 +125,7 @@ FUNCTION_IMPORTS = {
     "pipeline.assembly.driver_side": "the worker factory and the Ray pool: torch loads in workers, ray when asked for",
     "pipeline.storage.clients": "the session of the S3 client: that loads only where there is a bucket",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
+    "pipeline.parallel.xfuser_usp": "xfuser, which cannot be imported without an accelerator",
     "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton",
     "jobs.bench": "the writer of random weights: torch loads only when there is something to write",
 }

@@ -10,6 +10,8 @@ head; n ranks of an axis.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from kernels.ops import AttentionFn, AttentionWithLseFn
 from pipeline.parallel.collectives import gathered, heads_for_tokens, pass_on, tokens_for_heads
 from pipeline.parallel.layout import Axis, SequenceAxes
 from pipeline.parallel.shards import Shards, padded
+
+EvenAttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v of own tokens, BHTK each) -> BHTK of own tokens, every rank having as many."""
 
 
 class CallInHand:
@@ -48,6 +53,20 @@ class VideoSelfAttention:
         else:
             mixed_BHTK = ring_attention(q_BHTK, (k_BHSK, v_BHSK), bias, shards, ring, self._attend_partly)
         return tokens_for_heads(padded(mixed_BHTK, 2, shards.chunk_len), ulysses)
+
+
+class EvenSelfAttention:
+    """Somebody else's spread self-attention where it fits: parts without padding, no bias. `ours` for the rest."""
+
+    def __init__(self, even: EvenAttentionFn, ours: VideoSelfAttention, call: CallInHand) -> None:
+        self._even = even
+        self._ours = ours
+        self._call = call
+
+    def __call__(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None or self._call.shards.has_padding:
+            return self._ours(q_BHTK, k_BHSK, v_BHSK, bias)
+        return self._even(q_BHTK, k_BHSK, v_BHSK)
 
 
 class AudioFromVideoAttention:
@@ -85,7 +104,8 @@ def ring_attention(
     """Own queries, which stay, over the keys of all chunks, which travel; in the dtype of q.
 
     While a chunk is attended to, it is on its way to the next rank already. Queries are without padding; keys and
-    values (B, H, chunk_len, K) are with it, because they are sent.
+    values (B, H, chunk_len, K) are with it, because they are sent. To a query whose bias hides every key, chunks count
+    alike, and not keys.
     """
     # Tokens come before heads, as they lie after an exchange, so that one copy makes both one message.
     travelling_2BSHK = torch.stack([x.transpose(1, 2) for x in keys_values])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -15,11 +16,12 @@ from pipeline.errors import UsageError
 from pipeline.records.parallel import AXES, ParallelLayout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Axis:
     """The ranks that differ from this one along one axis, or several, and in nothing else, itself among them.
 
-    `ranks` are those of the world, in order; this one is `ranks[index]`. There is no group of a rank alone.
+    `ranks` are those of the world, in order; this one is `ranks[index]`. There is no group of a rank alone, nor of one
+    that left: what holds an axis (slots of a denoiser, say) must not keep connections open that others wait at.
     """
 
     ranks: tuple[int, ...]
@@ -61,6 +63,12 @@ class RankGroups:
     def is_leader(self) -> bool:
         return self.world.index == 0
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Every axis, those of both streams apart."""
+        split = (self.sequence.ring, self.sequence.ulysses, self.audio.ring, self.audio.ulysses)
+        return self.world, self.tokens, *split, self.tensor, self.guidance
+
 
 def ranks_along(layout: ParallelLayout, *axes: str) -> list[tuple[int, ...]]:
     """Every group of ranks that differ along these axes only; each rank is in one of them."""
@@ -71,33 +79,34 @@ def ranks_along(layout: ParallelLayout, *axes: str) -> list[tuple[int, ...]]:
     return [tuple(ranks) for ranks in groups.values()]
 
 
-def form_groups(layout: ParallelLayout) -> RankGroups:
+def form_groups(layout: ParallelLayout, timeout: timedelta) -> RankGroups:
     """The groups of this process, whose default process group is there. Every rank of the world must call it alike.
 
-    UsageError if there are not as many ranks as the layout wants.
+    `timeout` is that of their collectives. UsageError if there are not as many ranks as the layout wants.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     if num_ranks != layout.num_gpus:
         raise UsageError(
             f"layout {layout.name} needs {layout.num_gpus} ranks, got {num_ranks}; start as many, or use another layout"
         )
+
+    def along(*axes: str) -> Axis:
+        mine: Axis | None = None
+        for ranks in ranks_along(layout, *axes):
+            # All ranks of the world make a group together, also those that are not in it. Left to itself, a group takes
+            # the library's timeout of half an hour, and not that of the world.
+            group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+            if rank in ranks:
+                mine = Axis(ranks, ranks.index(rank), group)
+        assert mine is not None, "every rank has a place along every axis"
+        return mine
+
     return RankGroups(
         layout=layout,
-        world=_axis(layout, rank, *AXES),
-        tokens=_axis(layout, rank, "ring", "ulysses"),
-        sequence=SequenceAxes(_axis(layout, rank, "ring"), _axis(layout, rank, "ulysses")),
-        audio=SequenceAxes(_axis(layout, rank, "ring"), _axis(layout, rank, "ulysses")),
-        tensor=_axis(layout, rank, "tensor"),
-        guidance=_axis(layout, rank, "guidance"),
+        world=along(*AXES),
+        tokens=along("ring", "ulysses"),
+        sequence=SequenceAxes(along("ring"), along("ulysses")),
+        audio=SequenceAxes(along("ring"), along("ulysses")),
+        tensor=along("tensor"),
+        guidance=along("guidance"),
     )
-
-
-def _axis(layout: ParallelLayout, rank: int, *axes: str) -> Axis:
-    mine: Axis | None = None
-    for ranks in ranks_along(layout, *axes):
-        # A group is made by all ranks of the world together, also by those that are not in it.
-        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
-        if rank in ranks:
-            mine = Axis(ranks, ranks.index(rank), group)
-    assert mine is not None, "every rank has a place along every axis"
-    return mine

@@ -21,7 +21,13 @@ from pipeline.model.block import AudioVideoBlock
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.hparams import DenoiserHparams
 from pipeline.model.streams import Conditioning, DistinctTimesteps, Perturbation, TokenStream, attention_bias
-from pipeline.parallel.attention import AudioFromVideoAttention, CallInHand, VideoSelfAttention
+from pipeline.parallel.attention import (
+    AudioFromVideoAttention,
+    CallInHand,
+    EvenAttentionFn,
+    EvenSelfAttention,
+    VideoSelfAttention,
+)
 from pipeline.parallel.collectives import gathered
 from pipeline.parallel.layout import RankGroups
 from pipeline.parallel.shards import Shards, part_of
@@ -32,15 +38,24 @@ class SequenceParallelDenoiser:
 
     Takes the denoiser over: its attention slots are replaced, so it is of no use alone any more. Results are those of
     one rank up to rounding, because sums are taken in another order. Not thread-safe.
+
+    `partial` is for chunks of a ring. `even`, if given, exchanges the video's tokens in our place where it can.
     """
 
-    def __init__(self, denoiser: AudioVideoDenoiser, groups: RankGroups, partial: AttentionWithLseFn) -> None:
+    def __init__(
+        self,
+        denoiser: AudioVideoDenoiser,
+        groups: RankGroups,
+        partial: AttentionWithLseFn,
+        even: EvenAttentionFn | None = None,
+    ) -> None:
         self._denoiser = denoiser
         self._groups = groups
         self._call = CallInHand()
         for block in cast("list[AudioVideoBlock]", list(denoiser.blocks)):
             slot = block.video.self_attention
-            slot.attend = VideoSelfAttention(groups.sequence, self._call, slot.attend, partial)
+            ours = VideoSelfAttention(groups.sequence, self._call, slot.attend, partial)
+            slot.attend = ours if even is None else EvenSelfAttention(even, ours, self._call)
             if block.exchange is not None:
                 slot = block.exchange.audio_from_video
                 slot.attend = AudioFromVideoAttention(groups.audio, self._call, slot.attend, partial)

@@ -30,6 +30,10 @@ class Shards:
         """Tokens of each ring's chunk, padding among them."""
         return self.part_len * self.num_ulysses
 
+    @property
+    def has_padding(self) -> bool:
+        return self.part_len * self.num_rings * self.num_ulysses > self.num_tokens
+
     def num_in_chunk(self, ring: int) -> int:
         """Tokens of a ring's chunk without padding; 0 if the tokens do not reach that far."""
         return min(max(self.num_tokens - ring * self.chunk_len, 0), self.chunk_len)

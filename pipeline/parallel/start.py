@@ -21,8 +21,8 @@ def join(member: Member, layout: ParallelLayout, device: str, timeout_s: float) 
     """Meet the other ranks and form the groups of the layout; `device` is cpu (gloo), cuda or cuda:0 (NCCL).
 
     A collective that not all ranks have come to after `timeout_s` fails: on gloo it raises RuntimeError, on NCCL it
-    ends the process. RuntimeError if the ranks do not meet within that time; UsageError if they are not as many as the
-    layout wants.
+    ends the process. RuntimeError if the ranks do not meet within that time; UsageError, on every rank, if they are not
+    as many as the layout wants.
     """
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(
@@ -44,14 +44,23 @@ def join(member: Member, layout: ParallelLayout, device: str, timeout_s: float) 
         rank=member.rank,
         world_size=member.num_ranks,
         timeout=timeout,
-        # With its device known, NCCL connects the ranks now, and a device that cannot be reached is known now.
-        device_id=place if is_cuda else None,
     )
-    return form_groups(layout)
+    try:
+        # NCCL connects ranks at their first collective: a device that cannot be reached is to be known now.
+        dist.all_reduce(torch.zeros(1, device=place))
+        return form_groups(layout, timeout)
+    except BaseException:
+        dist.destroy_process_group()
+        raise
 
 
-def leave() -> None:
-    """Stop being a rank. Others that wait for this one fail as soon as nothing here holds its groups any more."""
+def leave(groups: RankGroups) -> None:
+    """Stop being a rank. On gloo, others that wait for this one fail at once, with RuntimeError.
+
+    On NCCL they wait for their timeout: there, a process whose rank failed alone had better end.
+    """
+    for axis in groups.axes:
+        axis.group = None
     dist.destroy_process_group()
 
 
@@ -62,4 +71,4 @@ def joined(member: Member, layout: ParallelLayout, device: str, timeout_s: float
     try:
         yield groups
     finally:
-        leave()
+        leave(groups)

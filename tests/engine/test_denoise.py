@@ -104,6 +104,23 @@ def test_predictions_one_by_one_share_what_the_prompts_share(start, scene):
     assert denoiser.num_prepared == 2, "once for each of the two prompts"
 
 
+def test_velocities_count_wherever_they_were_computed(start, scene):
+    denoiser, asked = Recorder(0.0), []
+
+    def spread(names, compute):
+        asked.append(tuple(names))
+        computed = compute(names[:2])
+        return computed + [(torch.ones_like(video), torch.ones_like(audio)) for video, audio in computed]
+
+    end = denoise(
+        denoiser, start, scene, StageConfig(sigmas=[1.0, 0.5, 0.0], guidance=[GUIDED]), no_noise, spread=spread
+    )
+    assert asked == [("positive", "negative", "perturbed", "isolated")] * 2
+    assert [video.text_BSD[:, 0, 0].tolist() for video, _, _ in denoiser.calls] == [[0.5, 0.25]] * 2
+    # Perturbed and isolated velocities of 1 push clean latents up by 1 + 2 times the level.
+    torch.testing.assert_close(end.video_BTC, start.video_BTC + 3)
+
+
 def test_void_predictions_are_not_computed_at_the_levels_where_they_are_void(start, scene):
     denoiser = Recorder(0.0)
     guidance = [

@@ -167,6 +167,17 @@ class _Fusions:
         self.asked.append(list(adapters))
 
 
+def test_predictions_of_every_step_go_through_the_spread_of_the_engine(engine, recipe, request_for):
+    asked = []
+
+    def spread(names, compute):
+        asked.append(tuple(names))
+        return compute(names)
+
+    dataclasses.replace(engine, spread=spread).render(request_for(), recipe, _ignore)
+    assert asked == [("positive",)] * (8 + 3)
+
+
 def test_each_stage_has_the_clips_adapters_and_its_own(engine, recipe, request_for):
     fused = _Fusions()
     recipe.stages[1].adapter = "distilled"
