@@ -73,6 +73,11 @@ def held(denoiser: AudioVideoDenoiser) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in (denoiser.state_dict() | scales).items()}
 
 
+def bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As bytes: torch cannot send float8 numbers."""
+    return {name: value.contiguous().view(torch.uint8) for name, value in tensors.items()}
+
+
 def called(groups: RankGroups, calls: Mapping[str, Call], fp8_blocks: frozenset[int]) -> dict[str, Velocities]:
     """Of a denoiser in shares, its tokens spread too if the layout says so."""
     found = {}
@@ -87,23 +92,22 @@ def called(groups: RankGroups, calls: Mapping[str, Call], fp8_blocks: frozenset[
 
 
 def loaded_share(groups: RankGroups, weights: Weights) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """What the rank holds, and the bytes it read of each tensor on disk."""
+    """The bits that the rank holds, and how many bytes it read of each tensor on disk."""
     denoiser, _, file = weights.load(groups)
-    return held(denoiser), file.read_bytes
+    return bits(held(denoiser)), file.read_bytes
 
 
 def with_adapters(
     groups: RankGroups, weights: Weights, adapters: Adapters, call: Call
 ) -> tuple[dict[str, Tensor], Velocities, bool]:
-    """What the rank holds and predicts with the adapters, and whether nothing is left of them without."""
+    """The bits held and the velocities with the adapters, and whether nothing is left of them once they are out."""
     denoiser, fused, _ = weights.load(groups)
-    clean = held(denoiser)
+    clean = bits(held(denoiser))
     fused.use(adapters)
-    with_them, velocities = held(denoiser), call.velocities(denoiser)
+    with_them, velocities = bits(held(denoiser)), call.velocities(denoiser)
     fused.use([])
-    left = held(denoiser)
-    same = all(torch.equal(left[name].view(torch.uint8), clean[name].view(torch.uint8)) for name in clean)
-    return with_them, velocities, same
+    left = bits(held(denoiser))
+    return with_them, velocities, all(torch.equal(left[name], clean[name]) for name in clean)
 
 
 def reductions_of_a_call(groups: RankGroups, call: Call) -> int:
