@@ -14,10 +14,13 @@ from pipeline.records.request import RenderRequest
 # Raised by hand whenever the same request would give other pixels or other sound than before.
 RENDER_REVISION = 4
 # How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
-MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload", "more_gpus")
+MORE_GPUS = "more_gpus"
+MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload", MORE_GPUS)
 ALONE = ParallelLayout()
 # Why a clip has its layout, where all clips of the job have it.
 GIVEN = "given"
+# Why it has its layout, where each clip gets one of its own when it is handed out, and this one was not.
+NOT_HANDED_OUT = "planned; not handed out"
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 # Holds the place of a prompt or seed. Half of a surrogate pair: no text that can be encoded has one.
 _BLANK = "\ud800"
