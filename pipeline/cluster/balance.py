@@ -52,7 +52,8 @@ class _Room:
 @dataclass
 class Balance:
     """`workers` are those that stay, the newest last; `ending` counts GPUs of each node that are on their way back;
-    `nodes` are the GPUs of each, `max_gpus` the most that may be held of all."""
+    `nodes` are the GPUs of each. With `max_gpus` so many may be held, and are asked for even where there is no room yet:
+    a cluster may grow."""
 
     workers: Sequence[Standing]
     ending: Mapping[str | None, int]
@@ -108,13 +109,14 @@ class Balance:
         lacking: list[ParallelLayout] = []
         for layout in sorted(missing, key=lambda layout: (-layout.num_gpus, layout.name)):
             for _ in range(missing[layout]):
-                if self._left < layout.num_gpus or not self._take(layout.num_gpus):
+                has_room = self._left >= layout.num_gpus and self._take(layout.num_gpus)
+                if not has_room and (self.max_gpus is None or self._left < layout.num_gpus):
                     lacking.append(layout)
                     break
                 self._left -= layout.num_gpus
                 start.append(layout)
         if not (start or self.workers or any(self.ending.values())) and lacking:
-            # A cluster may grow, and one that cannot hold it must be said to: somebody has to ask.
+            # It may never come, which somebody who asks and waits in vain will say.
             start.append(lacking.pop(0))
         return start, lacking
 

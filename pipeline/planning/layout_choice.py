@@ -12,13 +12,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.planning.timetable import Busy, Fleet, end_s
+from pipeline.planning.timetable import Busy, Fleet, lay_out
 from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import Offer, WorkItem
 
-# Clips are few when there are no more than so many for each GPU, and clips times GPUs are no more than that: a decision
-# then takes the driver some hundredths of a second.
-FEW_PER_GPU = 4
+# Clips are few while clips times GPUs are no more than that: a decision takes the driver at most 0.03 s.
 MAX_WEIGHED = 2_048
 # Two ends of a job so near to each other count as the same: then GPU-seconds decide.
 ALIKE = 1.01
@@ -72,7 +70,7 @@ class Choice:
 
 def is_few(num_clips: int, num_gpus: int) -> bool:
     """If so many waiting clips are weighed one by one."""
-    return num_clips <= FEW_PER_GPU * num_gpus and num_clips * num_gpus <= MAX_WEIGHED
+    return num_clips * num_gpus <= MAX_WEIGHED
 
 
 def needed_gpus(item: WorkItem) -> int:
@@ -133,15 +131,15 @@ def _by_area(offers: Sequence[Offer], lane: Lane, total_s: float, fleet: Fleet) 
     """The cheapest offer, unless the first clip would then outlast an even share of all work.
 
     If all clips of the lane are spread alike, the job takes as long as the first clip, or as all GPU-seconds divided
-    by the GPUs, whichever is more.
+    by the GPUs, whichever is more; and to spread some is to load another group, now or for the others later.
     """
     cheapest = _cheapest(offers)
     others_s, cheapest_s = total_s - lane.gpu_seconds, max(1e-9, cheapest.estimate.gpu_seconds)
 
     def job_s(offer: Offer) -> float:
         area_s = others_s + lane.gpu_seconds * offer.estimate.gpu_seconds / cheapest_s
-        is_new = bool(fleet.held) and offer.layout not in fleet.held
-        return max(offer.estimate.clip_s + fleet.load_s * is_new, area_s / fleet.num_gpus)
+        load_s = 0.0 if offer is cheapest else fleet.load_s
+        return load_s + max(offer.estimate.clip_s, area_s / fleet.num_gpus)
 
     if job_s(cheapest) <= total_s / fleet.num_gpus * ALIKE:
         return cheapest
@@ -156,24 +154,15 @@ def _choose_for_few(demand: Demand, items: Sequence[WorkItem], fleet: Fleet) -> 
         [_in_time(offer, offers, demand.deadline_s) for offer, offers in zip(way, offered, strict=True)]
         for way in _ways(offered, demand, fleet)
     ]
-    ends = [end_s(way, demand.busy, fleet) for way in ways]
-    good = [way for way, ended_s in zip(ways, ends, strict=True) if ended_s <= min(ends) * ALIKE]
-    way = min(good, key=lambda way: sum(offer.estimate.gpu_seconds for offer in way))
+    tables = [lay_out(way, demand.busy, fleet) for way in ways]
+    best_s = min(table.end_s for table in tables)
+    good = [each for each in zip(ways, tables, strict=True) if each[1].end_s <= best_s * ALIKE]
+    way, table = min(good, key=lambda each: sum(offer.estimate.gpu_seconds for offer in each[0]))
     next_on: dict[ParallelLayout, HandOut] = {}
-    groups: Counter[ParallelLayout] = Counter()
-    left = fleet.num_gpus
     for item, offer, offers in zip(items, way, offered, strict=True):
         if offer.layout not in next_on:
             next_on[offer.layout] = HandOut(item, offer, _reason(item, offer, offers, demand, fleet))
-        if offer.layout.num_gpus <= left:
-            groups[offer.layout] += 1
-            left -= offer.layout.num_gpus
-    for busy in demand.busy:
-        # What runs goes on in its group, and may be followed there where nothing else claims the GPUs.
-        if busy.layout.num_gpus <= left:
-            groups[busy.layout] += 1
-            left -= busy.layout.num_gpus
-    return Choice(groups, next_on)
+    return Choice(table.groups, next_on)
 
 
 def _ways(offered: Sequence[Sequence[Offer]], demand: Demand, fleet: Fleet) -> list[list[Offer]]:

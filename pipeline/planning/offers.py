@@ -25,12 +25,18 @@ RESERVED_BYTES = 2e9
 
 
 def layouts_up_to(num_gpus: int, size: DenoiserSize) -> tuple[ParallelLayout, ...]:
-    """Every layout of at most so many GPUs that divides the model's heads, the narrowest first."""
+    """Every layout of at most so many GPUs that divides the model's heads, the narrowest first.
+
+    A ring passes more on than an exchange of heads moves, and each layout is a group of its own to load: rings are for
+    what heads cannot be divided by.
+    """
     common = math.gcd(*size.heads)
     layouts = (
         ParallelLayout(ulysses=ulysses, ring=ring, tensor=tensor, guidance=guidance)
         for ulysses, ring, tensor, guidance in itertools.product(DEGREES, repeat=4)
-        if ulysses * ring * tensor * guidance <= num_gpus and common % (ulysses * tensor) == 0
+        if ulysses * ring * tensor * guidance <= num_gpus
+        and common % (ulysses * tensor) == 0
+        and (ring == 1 or common % (ulysses * tensor * ring))
     )
     return tuple(sorted(layouts, key=lambda layout: (layout.num_gpus, layout.name)))
 
@@ -45,8 +51,8 @@ class Menu:
     def offers(
         self, request: RenderRequest, recipe: RecipeConfig, estimator: Estimator, precision: PrecisionConfig
     ) -> tuple[Offer, ...]:
-        """For each number of GPUs the layout that the clip fits, of several the fastest; if it fits none, the one that
-        takes least memory."""
+        """For each number of GPUs the layout that the clip fits: of several those that split weights least, of these the
+        fastest. If it fits none, the one that takes least memory."""
         if len(self.layouts) == 1:
             (layout,) = self.layouts
             return (Offer(layout, estimator.estimate(request, recipe, layout)),)
@@ -55,7 +61,9 @@ class Menu:
         layouts = [layout for layout in self.layouts if layout.guidance <= most_passes]
         offers = []
         for _, alike in itertools.groupby(layouts, key=lambda layout: layout.num_gpus):
-            needed = [(bytes_on_a_gpu(request, recipe, size, precision, layout), layout) for layout in alike]
+            needed = [
+                (bytes_on_a_gpu(request, recipe, size, precision, layout) + RESERVED_BYTES, layout) for layout in alike
+            ]
             offers.append(self._best(request, recipe, estimator, needed))
         return tuple(offers)
 
@@ -66,13 +74,12 @@ class Menu:
         estimator: Estimator,
         needed: Sequence[tuple[float, ParallelLayout]],
     ) -> Offer:
-        room = math.inf if self.card_bytes is None else self.card_bytes - RESERVED_BYTES
-        fitting = [layout for num_bytes, layout in needed if num_bytes <= room]
+        card_bytes = math.inf if self.card_bytes is None else self.card_bytes
+        fitting = [layout for num_bytes, layout in needed if num_bytes <= card_bytes]
         if fitting:
             offers = [Offer(layout, estimator.estimate(request, recipe, layout)) for layout in fitting]
-            return min(offers, key=lambda offer: offer.estimate.clip_s)
+            return min(offers, key=lambda offer: (offer.layout.tensor, offer.estimate.clip_s))
         num_bytes, layout = min(needed, key=lambda each: each[0])
-        card_gb = (self.card_bytes or 0) / 1e9
         on = "one card" if layout.num_gpus == 1 else f"each of {layout.num_gpus} cards"
-        misfit = f"{num_bytes / 1e9:.0f} GB do not fit {on} of {card_gb:.0f} GB"
+        misfit = f"{num_bytes / 1e9:.1f} GB do not fit {on} of {card_bytes / 1e9:g} GB"
         return Offer(layout, estimator.estimate(request, recipe, layout), misfit)

@@ -5,6 +5,7 @@ Pure arithmetic on estimates. A group stays within a node; another layout in its
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,21 +38,37 @@ class Fleet:
     held: Mapping[ParallelLayout, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Timetable:
+    """Seconds until the last clip has ended, and the groups that this takes for now: those at work that go on, idle ones
+    that are given something, and new ones in place of what has nothing more to do."""
+
+    end_s: float
+    groups: Mapping[ParallelLayout, int]
+
+
 @dataclass
 class _Place:
-    """GPUs of one node that are free together at `free_s`; with `layout` they are a group of it."""
+    """GPUs of one node that are free together at `free_s`; with `layout` they are a group of it. `counts` if the group
+    is one of those for now; `is_used` once a clip was put there."""
 
     free_s: float
     width: int
     layout: ParallelLayout | None = None
+    counts: bool = False
+    is_used: bool = False
 
 
-def end_s(way: Sequence[Offer], busy: Sequence[Busy], fleet: Fleet) -> float:
-    """Seconds until the last clip has ended, with each clip in turn where it ends first."""
+def lay_out(way: Sequence[Offer], busy: Sequence[Busy], fleet: Fleet) -> Timetable:
+    """Each clip in turn, where it ends first."""
     nodes = _nodes(busy, fleet)
+    # Groups that the clips use before others take their GPUs.
+    former: list[_Place] = []
     for offer in way:
-        _lay(offer, nodes, fleet.load_s)
-    return max((place.free_s for node in nodes for place in node), default=0.0)
+        former += _lay(offer, nodes, fleet.load_s)
+    places = [place for node in nodes for place in node]
+    groups = Counter(place.layout for place in (*former, *places) if place.counts and place.layout is not None)
+    return Timetable(max((place.free_s for place in places), default=0.0), groups)
 
 
 def _nodes(busy: Sequence[Busy], fleet: Fleet) -> list[list[_Place]]:
@@ -60,7 +77,7 @@ def _nodes(busy: Sequence[Busy], fleet: Fleet) -> list[list[_Place]]:
     full, rest = divmod(fleet.num_gpus, max(1, fleet.gpus_per_node))
     free = [fleet.gpus_per_node] * full + ([rest] if rest else [])
     nodes: list[list[_Place]] = [[] for _ in free]
-    places = [_Place(each.left_s, each.layout.num_gpus, each.layout) for each in busy]
+    places = [_Place(each.left_s, each.layout.num_gpus, each.layout, counts=True) for each in busy]
     for layout, num_held in fleet.held.items():
         num_idle = num_held - sum(each.layout == layout for each in busy)
         places += [_Place(0.0, layout.num_gpus, layout) for _ in range(num_idle)]
@@ -74,8 +91,9 @@ def _nodes(busy: Sequence[Busy], fleet: Fleet) -> list[list[_Place]]:
     return nodes
 
 
-def _lay(offer: Offer, nodes: list[list[_Place]], load_s: float) -> None:
-    """Put a clip into a group of its layout, or into GPUs that become one, wherever it ends first."""
+def _lay(offer: Offer, nodes: list[list[_Place]], load_s: float) -> list[_Place]:
+    """Put a clip into a group of its layout, or into GPUs that become one, wherever it ends first; returns the used
+    groups that were there before."""
     standing = min(
         (place for node in nodes for place in node if place.layout == offer.layout),
         key=lambda place: place.free_s,
@@ -88,15 +106,20 @@ def _lay(offer: Offer, nodes: list[list[_Place]], load_s: float) -> None:
             best = (ready_s + load_s, node, taken)
     if standing is not None and (best is None or standing.free_s <= best[0]):
         standing.free_s += offer.estimate.clip_s
-    elif best is not None:
-        start_s, node, taken = best
-        rest = sum(place.width for place in taken) - width
-        node[:] = [place for place in node if not any(place is each for each in taken)]
-        node += [_Place(taken[-1].free_s, 1) for _ in range(rest)]
-        node.append(_Place(start_s + offer.estimate.clip_s, width, offer.layout))
-    else:
+        standing.counts |= not standing.is_used
+        standing.is_used = True
+        return []
+    if best is None:
         # No node is wide enough: such a way of sharing never ends.
         nodes.append([_Place(float("inf"), width)])
+        return []
+    start_s, node, taken = best
+    used = [place for place in taken if place.is_used]
+    node[:] = [place for place in node if not any(place is each for each in taken)]
+    node += [_Place(taken[-1].free_s, 1, is_used=bool(used)) for _ in range(sum(p.width for p in taken) - width)]
+    ends_s = start_s + offer.estimate.clip_s
+    node.append(_Place(ends_s, width, offer.layout, counts=not used, is_used=True))
+    return used
 
 
 def _taken(node: Sequence[_Place], width: int) -> tuple[float, list[_Place]]:

@@ -42,6 +42,7 @@ class Weather:
     poison: float = 0.002
     killers: float = 0.0005
     jitter: float = 0.05
+    load_jitter: float = 0.2
 
 
 def harm_of(item: WorkItem, weather: Weather) -> str | None:
@@ -227,12 +228,12 @@ class SimulatedPool:
     def _ask(self, layout: ParallelLayout, node: str) -> None:
         slow = self.generator.random() < self.weather.slow_groups
         group = Group(self._count, layout, node, self.weather.slow_factor if slow else 1.0, self.now_s)
-        self._num_changes += 1
+        self._note_room(layout, 1)
         group.booked_s = self.now_s
         self._groups.append(group)
         self._past.append(group)
         self._seats = [*self._seats, group.seat(0)]
-        self._at(self.weather.load_s * self.generator.lognormvariate(0, 0.2), lambda: self._loaded(group))
+        self._at(self.weather.load_s * self.generator.lognormvariate(0, self.weather.load_jitter), lambda: self._loaded(group))
         lost_s = self.generator.expovariate(1 / self.weather.lost_every_s)
         self._at(lost_s, lambda: self._lose(group, "ecc error", "WorkerLost"))
         preempted_s = self.generator.expovariate(1 / self.weather.preempted_every_s)
