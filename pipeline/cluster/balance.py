@@ -7,7 +7,7 @@ node; where a wide worker lacks GPUs, narrower ones on the node where most of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.records.parallel import ParallelLayout
@@ -67,12 +67,12 @@ class Balance:
     _stuck: list[ParallelLayout] = field(default_factory=list, init=False)
 
     def moves(self) -> Moves:
-        self._count_rooms()
         missing = Counter({layout: num for layout, num in self.wanted.items() if num > 0})
         missing.subtract(worker.layout for worker in self.workers)
+        self._count_rooms()
         start, lacking = self._to_start(missing)
         give_back = self._surplus(missing)
-        for layout in [*self._stuck[:1], *lacking]:
+        for layout in (*self._stuck[:1], *lacking):
             give_back |= self._make_room(layout, missing, give_back)
         return Moves(tuple(start), tuple(give_back))
 
@@ -104,10 +104,15 @@ class Balance:
         return True
 
     def _to_start(self, missing: Mapping[ParallelLayout, int]) -> tuple[list[ParallelLayout], list[ParallelLayout]]:
-        """What of the missing there is room for, and what not: of each layout one is named."""
+        """What of the missing there is room for, and what not: of each layout one is named.
+
+        While a wide one waits for a node to be cleared for it, narrower ones are not started: they might be put there.
+        """
         start: list[ParallelLayout] = []
         lacking: list[ParallelLayout] = []
         for layout in sorted(missing, key=lambda layout: (-layout.num_gpus, layout.name)):
+            if any(self._node_for(other, missing) for other in (*self._stuck, *lacking)):
+                break
             for _ in range(missing[layout]):
                 has_room = self._left >= layout.num_gpus and self._take(layout.num_gpus)
                 if not has_room and (self.max_gpus is None or self._left < layout.num_gpus):
@@ -134,42 +139,45 @@ class Balance:
     def _make_room(
         self, layout: ParallelLayout, missing: Mapping[ParallelLayout, int], given: Mapping[str, None]
     ) -> dict[str, None]:
-        """Idle workers to give back on one node, so that a worker of `layout` finds room there.
-
-        Those beyond the wish, and narrower ones: they find room elsewhere, where it would not.
-        """
-        surplus = Counter({each: -num for each, num in missing.items() if num < 0})
-        yielding = [w for w in self.workers if w.layout != layout and self._yields(w, layout, surplus)]
-        if self._left < layout.num_gpus:
-            unplaced = [w for w in yielding if w.node is None and w.is_idle]
-            if unplaced:
-                return {unplaced[-1].name: None}
-
-        def of(node: str, *, idle_only: bool) -> list[Standing]:
-            return [w for w in yielding if w.node == node and (w.is_idle or not idle_only)]
-
-        def gpus(workers: Sequence[Standing]) -> int:
-            return sum(worker.num_gpus for worker in workers)
-
-        best, best_gpus = None, -1
-        for node, room in self._rooms.items():
-            soon = room.free + room.ending
-            if soon + gpus(of(node, idle_only=False)) >= layout.num_gpus:
-                now = soon + gpus(of(node, idle_only=True))
-                if now > best_gpus:
-                    best, best_gpus = node, now
-        if best is None:
+        """Idle workers to give back on one node, so that a worker of `layout` finds room there."""
+        yielding = self._yielding(layout, missing)
+        unplaced = [worker for worker in yielding if worker.node is None]
+        if self._left < layout.num_gpus and unplaced:
+            return {unplaced[-1].name: None}
+        node = self._node_for(layout, missing)
+        if node is None:
             return {}
-        room, chosen = self._rooms[best], {}
-        lacks = layout.num_gpus - room.free - room.ending
-        lacks -= gpus([w for w in of(best, idle_only=True) if w.name in given])
-        for worker in of(best, idle_only=True):
-            if lacks <= 0:
-                break
-            if worker.name not in given:
+        idle = [worker for worker in yielding if worker.node == node and worker.is_idle]
+        room = self._rooms[node]
+        lacks = layout.num_gpus - room.free - room.ending - _gpus(worker for worker in idle if worker.name in given)
+        chosen: dict[str, None] = {}
+        for worker in idle:
+            if lacks > 0 and worker.name not in given:
                 chosen[worker.name] = None
                 lacks -= worker.num_gpus
         return chosen
 
-    def _yields(self, worker: Standing, to: ParallelLayout, surplus: Mapping[ParallelLayout, int]) -> bool:
-        return surplus.get(worker.layout, 0) > 0 or worker.num_gpus < to.num_gpus
+    def _node_for(self, layout: ParallelLayout, missing: Mapping[ParallelLayout, int]) -> str | None:
+        """Of the nodes that could be cleared for a worker of `layout`, the one of which most is clear already."""
+        yielding = self._yielding(layout, missing)
+        best, best_gpus = None, -1
+        for node, room in self._rooms.items():
+            here = [worker for worker in yielding if worker.node == node]
+            soon = room.free + room.ending
+            now = soon + _gpus(worker for worker in here if worker.is_idle)
+            if soon + _gpus(here) >= layout.num_gpus and now > best_gpus:
+                best, best_gpus = node, now
+        return best
+
+    def _yielding(self, layout: ParallelLayout, missing: Mapping[ParallelLayout, int]) -> list[Standing]:
+        """Who makes room for a worker of `layout`: those beyond the wish, and narrower ones, which find room elsewhere
+        where it would not."""
+        return [
+            worker
+            for worker in self.workers
+            if worker.layout != layout and (missing.get(worker.layout, 0) < 0 or worker.num_gpus < layout.num_gpus)
+        ]
+
+
+def _gpus(workers: Iterable[Standing]) -> int:
+    return sum(worker.num_gpus for worker in workers)
