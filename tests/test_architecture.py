@@ -54,13 +54,16 @@ MAY_IMPORT: dict[str, set[str]] = {
                         "pipeline.storage.store", "pipeline.storage.patience",
                         "pipeline.storage.adapters",
                         "pipeline.cost.meter", "pipeline.errors", "pipeline.cluster.assignment"},
-    # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions and sums the
-    # ledger; the folder of a Ray of ours is named for its driver as files are.
+    # A pool owns its workers' time, so it holds their meters, and says what layouts are chosen by; the driver applies
+    # the policy's decisions and sums the ledger; the folder of a Ray of ours is named for its driver as files are.
     "pipeline.cluster": {"pipeline.errors", "pipeline.config", "pipeline.telemetry", "pipeline.records",
                          "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.planning.pace",
+                         "pipeline.planning.layout_choice", "pipeline.planning.timetable",
                          "pipeline.cost.meter", "pipeline.cost.pricing", "pipeline.cost.allocation",
                          "pipeline.storage.processes"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
+    "pipeline.assembly.model_facts": {"pipeline.config", "pipeline.records.wishes", "pipeline.storage",
+                                      "pipeline.errors"},
     "pipeline.assembly.closing": {"pipeline.cluster.ending", "pipeline.cost.allocation", "pipeline.planning.plan",
                                 "pipeline.records"},
     "pipeline.assembly.worker_side": {"pipeline.assembly.brief", "pipeline.config", "pipeline.worker",
@@ -69,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
                                       "pipeline.storage.store", "pipeline.cost.meter",
                                       "pipeline.records", "pipeline.media.mux", "pipeline.errors"},
     "pipeline.assembly.driver_side": {"pipeline.assembly.closing", "pipeline.assembly.brief",
+                                      "pipeline.assembly.model_facts",
                                       "pipeline.config", "pipeline.planning",
                                       "pipeline.storage", "pipeline.cost",
                                       "pipeline.cluster", "pipeline.records", "pipeline.errors",

@@ -19,8 +19,8 @@ class WorkerBrief:
     recipes: Mapping[str, RecipeConfig]
     facts: RunFacts
     device: str
-    # Bytes of a GPU that each phase needs beside weights: for each layout that clips may get, for each kind of clip, the
-    # largest first.
+    # Bytes of a GPU that each phase needs beside weights: for each layout that clips may get, and each kind of clip to
+    # come, the largest first.
     demands: Mapping[ParallelLayout, tuple[Mapping[str, int], ...]]
     # If the output's store can tell two writers of one name apart, as the driver found; else the driver alone commits.
     is_exclusive: bool = True

@@ -97,9 +97,7 @@ def planner(job: RenderJob, recipes: Recipes, fingerprint: str) -> Planner:
         limits=RequestLimits(job.limits.max_side_px, job.limits.max_duration_s),
         estimator=Estimator(
             size,
-            Machine(
-                worker_tflops(job, device), job.cluster.assumed_link_gb_per_s, bytes_of_a_number(job.precision)
-            ),
+            Machine(worker_tflops(job, device), job.cluster.assumed_link_gb_per_s, bytes_of_a_number(job.precision)),
             unit_price(worker_price(job, device)),
         ),
         menu=_menu(job, device),

@@ -52,8 +52,8 @@ class _Room:
 @dataclass
 class Balance:
     """`workers` are those that stay, the newest last; `ending` counts GPUs of each node that are on their way back;
-    `nodes` are the GPUs of each. With `max_gpus` so many may be held, and are asked for even where there is no room yet:
-    a cluster may grow."""
+    `nodes` are the GPUs of each. With `max_gpus` so many may be held, and are asked for even where there is no room
+    yet: a cluster may grow."""
 
     workers: Sequence[Standing]
     ending: Mapping[str | None, int]

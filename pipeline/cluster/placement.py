@@ -44,7 +44,7 @@ def give_up_all(places: Iterable[Any], timeout_s: float) -> None:
 
 
 def ranks_of_nodes(plan: WorkerPlan, draining: Mapping[str, int], spoilt: Mapping[str, int]) -> dict[str, int]:
-    """How many ranks each node of the cluster holds, were it empty; `spoilt` counts those whose places cannot be used."""
+    """How many ranks each node of the cluster holds, were it empty; of these `spoilt` have places of no use."""
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     ranks = {node["NodeID"]: int(node["Resources"].get(plan.resource, 0.0) / plan.amount + 1e-9) for node in nodes}
     return {node_id: max(0, num - spoilt.get(node_id, 0)) for node_id, num in ranks.items()}

@@ -1,7 +1,7 @@
 """What the driver needs of workers, wherever they run: a Pool, and the events it reports.
 
-A worker holds one model, in a layout; it is one process or a gang of them, one a GPU. A pool is handed a factory for workers and
-calls it where a worker shall live; it never imports the engine.
+A worker holds one model, in a layout; it is one process or a gang of them, one a GPU. A pool is handed a factory for
+workers and calls it where a worker shall live; it never imports the engine.
 """
 
 from __future__ import annotations

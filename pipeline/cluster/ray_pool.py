@@ -185,8 +185,8 @@ class RayPool:
     def _balance(self) -> None:
         """Start missing workers, give back surplus ones.
 
-        An idle worker is kept for as long as its start took, unless its GPUs are needed for others: then neither keeping
-        it nor starting another for work that comes later costs more than twice what a prophet would pay.
+        An idle worker is kept for as long as its start took, unless another needs its GPUs: then neither keeping it nor
+        starting another for work that comes later costs more than twice what a prophet would pay.
         """
         now_s, staffing = time.monotonic(), self._staffing
         nodes = self._room.nodes(self._draining, now_s)

@@ -1,4 +1,4 @@
-"""How much room there is for workers: how many ranks each node holds, which places are spoilt, if waiting is in vain."""
+"""How much room there is for workers: ranks that each node holds, places that are spoilt, if waiting is in vain."""
 
 from __future__ import annotations
 

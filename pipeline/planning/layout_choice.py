@@ -2,13 +2,13 @@
 
 While clips are many, each gets the layout of fewest GPU-seconds that it fits. Once they are few, the ways to share the
 GPUs among them are laid out in time (`timetable`), with what it takes to load a model into another group, and the one
-that ends first is taken; of those that end alike, the cheapest. Pure: it is told what waits, what runs and what is held,
-and is asked anew whenever that changes.
+that ends first is taken; of those that end alike, the cheapest. Pure: it is told what waits, what runs and what is
+held, and is asked anew whenever that changes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -106,7 +106,7 @@ def _choose_for_many(demand: Demand, fleet: Fleet) -> Choice:
     # Clips in flight have half of their work behind them, on average.
     total_s = sum(lane.gpu_seconds for lane in demand.lanes) + demand.in_flight_gpu_seconds / 2
     next_on: dict[ParallelLayout, HandOut] = {}
-    work_s: Counter[ParallelLayout] = Counter()
+    work_s: defaultdict[ParallelLayout, float] = defaultdict(float)
     num_clips: Counter[ParallelLayout] = Counter(demand.in_flight)
     for lane in demand.lanes:
         offers = possible(lane.head, fleet.gpus_per_node)
@@ -251,4 +251,3 @@ def _reason(item: WorkItem, offer: Offer, offers: Sequence[Offer], demand: Deman
 
 def _count(num: int, what: str) -> str:
     return f"{num} {what}{'' if num == 1 else 's'}"
-

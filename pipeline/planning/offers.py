@@ -51,8 +51,8 @@ class Menu:
     def offers(
         self, request: RenderRequest, recipe: RecipeConfig, estimator: Estimator, precision: PrecisionConfig
     ) -> tuple[Offer, ...]:
-        """For each number of GPUs the layout that the clip fits: of several those that split weights least, of these the
-        fastest. If it fits none, the one that takes least memory."""
+        """For each number of GPUs the layout that the clip fits: of several those that split weights least, of these
+        the fastest. If it fits none, the one that takes least memory."""
         if len(self.layouts) == 1:
             (layout,) = self.layouts
             return (Offer(layout, estimator.estimate(request, recipe, layout)),)
@@ -83,3 +83,7 @@ class Menu:
         on = "one card" if layout.num_gpus == 1 else f"each of {layout.num_gpus} cards"
         misfit = f"{num_bytes / 1e9:.1f} GB do not fit {on} of {card_bytes / 1e9:g} GB"
         return Offer(layout, estimator.estimate(request, recipe, layout), misfit)
+
+
+# Without a choice: one GPU a clip.
+NO_CHOICE = Menu()

@@ -17,7 +17,7 @@ from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.intake import Intake, Rejection, admit_rows
-from pipeline.planning.offers import Menu
+from pipeline.planning.offers import NO_CHOICE, Menu
 from pipeline.records.request import MAX_FORMS, ClipForm, RecipeRules, RenderRequest, RequestLimits
 from pipeline.records.wishes import OVERRIDE_COLUMNS, PLAIN_MODEL, ModelRules
 from pipeline.records.work import NOT_HANDED_OUT, KeyStem, Offer, WorkItem, key_stem
@@ -65,7 +65,7 @@ class Planner:
     adapters_of: Callable[[RecipeConfig], Mapping[str, str]] = lambda recipe: {}
     # Why the job's settings do not go with recipes that are not among `recipes`.
     unusable: Mapping[str, str] = field(default_factory=dict)
-    menu: Menu = Menu()
+    menu: Menu = NO_CHOICE
     # Offers and content but for prompt and seed, by form: a manifest of a million rows has a few.
     _kinds: dict[ClipForm, tuple[KeyStem, tuple[Offer, ...]]] = field(default_factory=dict, init=False, repr=False)
 
@@ -89,9 +89,7 @@ class Planner:
             return WorkItem(request, key, offer.estimate, layout=offer.layout)
         # Until it is handed out.
         offer = next((offer for offer in offers if not offer.misfit), offers[-1])
-        return WorkItem(
-            request, key, offer.estimate, layout=offer.layout, layout_reason=NOT_HANDED_OUT, offers=offers
-        )
+        return WorkItem(request, key, offer.estimate, layout=offer.layout, layout_reason=NOT_HANDED_OUT, offers=offers)
 
     def _kind(self, request: RenderRequest) -> tuple[KeyStem, tuple[Offer, ...]]:
         recipe = resolved(self.recipes, request)

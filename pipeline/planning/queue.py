@@ -38,7 +38,7 @@ class WorkQueue:
         self._sets: dict[AdapterSet, tuple[float, int]] = {}
         # The fewest GPUs of a clip -> those that wait, a heap, and the sum of their GPU-seconds.
         self._lanes: dict[int, list[tuple[Place, WorkItem]]] = {}
-        self._lane_s: Counter[int] = Counter()
+        self._lane_s: defaultdict[int, float] = defaultdict(float)
         self.num_waiting = 0
         # Raised with each change of what waits or is in flight.
         self.version = 0

@@ -40,8 +40,8 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Timetable:
-    """Seconds until the last clip has ended, and the groups that this takes for now: those at work that go on, idle ones
-    that are given something, and new ones in place of what has nothing more to do."""
+    """Seconds until the last clip has ended, and the groups that this takes for now: those at work that go on, idle
+    ones that are given something, and new ones in place of what has nothing more to do."""
 
     end_s: float
     groups: Mapping[ParallelLayout, int]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pipeline.records.parallel import ParallelLayout
 
+ONE_GPU = ParallelLayout()
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -20,7 +22,7 @@ class Member:
     host: str = "127.0.0.1"
     port: int = 0
     listen_fd: int | None = None
-    layout: ParallelLayout = ParallelLayout()
+    layout: ParallelLayout = ONE_GPU
 
     @property
     def is_leader(self) -> bool:

@@ -82,7 +82,9 @@ class MemoryLog:
 class Farm:
     """One run of a driver over a Ray pool."""
 
-    def __init__(self, prompts: list[str], factory: WorkerFactory, *, offers: tuple[Offer, ...] = (), **plan: Any) -> None:
+    def __init__(
+        self, prompts: list[str], factory: WorkerFactory, *, offers: tuple[Offer, ...] = (), **plan: Any
+    ) -> None:
         now_ns = utc_clock()
         layout, num_workers = ParallelLayout(plan.pop("num_ranks", 1)), plan.pop("num_workers", 2)
         max_ranks = None if num_workers is None else num_workers * layout.num_gpus

@@ -149,7 +149,9 @@ class SimulatedPool:
     def _moving_facts(self, wanted: Mapping[ParallelLayout, int]) -> object:
         """What moves depend on. Who is idle matters only where somebody may have to go."""
         held = {layout: num for layout, num in self._held.items() if num}
-        someone_may_go = len(held.keys() | wanted.keys()) > 1 or any(n > wanted.get(each, 0) for each, n in held.items())
+        someone_may_go = len(held.keys() | wanted.keys()) > 1 or any(
+            n > wanted.get(each, 0) for each, n in held.items()
+        )
         return wanted, self._num_spare, self._num_room_changes, self._num_changes if someone_may_go else 0
 
     def _note_room(self, layout: ParallelLayout, num_more: int) -> None:
@@ -217,9 +219,7 @@ class SimulatedPool:
 
     def held_gpu_s(self) -> float:
         """GPU-seconds from each group's request to its release."""
-        return sum(
-            group.layout.num_gpus * ((group.released_s or self.now_s) - group.asked_s) for group in self._past
-        )
+        return sum(group.layout.num_gpus * ((group.released_s or self.now_s) - group.asked_s) for group in self._past)
 
     def _at(self, in_s: float, happen: Callable[[], None]) -> None:
         self._count += 1
@@ -233,7 +233,10 @@ class SimulatedPool:
         self._groups.append(group)
         self._past.append(group)
         self._seats = [*self._seats, group.seat(0)]
-        self._at(self.weather.load_s * self.generator.lognormvariate(0, self.weather.load_jitter), lambda: self._loaded(group))
+        self._at(
+            self.weather.load_s * self.generator.lognormvariate(0, self.weather.load_jitter),
+            lambda: self._loaded(group),
+        )
         lost_s = self.generator.expovariate(1 / self.weather.lost_every_s)
         self._at(lost_s, lambda: self._lose(group, "ecc error", "WorkerLost"))
         preempted_s = self.generator.expovariate(1 / self.weather.preempted_every_s)

@@ -102,7 +102,9 @@ def test_what_fits_no_node_is_tried_on_the_widest_layout_and_its_row_says_so() -
     assert entry == (1, "2 GPUs: 92 GB do not fit one card of 80 GB, and a node has no more")
 
 
-@pytest.mark.parametrize(("left_s", "name"), [(40.0, "single"), (25.0, "ulysses2"), (12.0, "ulysses4"), (5.0, "single")])
+@pytest.mark.parametrize(
+    ("left_s", "name"), [(40.0, "single"), (25.0, "ulysses2"), (12.0, "ulysses4"), (5.0, "single")]
+)
 def test_a_deadline_is_met_by_the_layout_of_fewest_gpu_seconds_that_can(left_s: float, name: str) -> None:
     """With 40 others waiting, so that nothing else speaks for more GPUs; what no layout can meet is not spread."""
     choice = choose(demand_of([clip(i) for i in range(40)], deadline_s=left_s), Fleet(4, 4, 20.0))
@@ -124,7 +126,9 @@ def test_an_item_without_offers_has_its_layout() -> None:
     assert possible(item(0), 1) == (Offer(ONE, item(0).estimate),)
 
 
-def end_s(layouts: Sequence[ParallelLayout], fleet: Fleet, busy: tuple[Busy, ...] = ()) -> tuple[float, Mapping[ParallelLayout, int]]:
+def end_s(
+    layouts: Sequence[ParallelLayout], fleet: Fleet, busy: tuple[Busy, ...] = ()
+) -> tuple[float, Mapping[ParallelLayout, int]]:
     table = lay_out([offer(layout, 30.0) for layout in layouts], busy, fleet)
     return round(table.end_s, 1), table.groups
 
@@ -134,7 +138,9 @@ def test_a_timetable_puts_each_clip_where_it_ends_first() -> None:
     assert end_s([ONE] * 5, Fleet(4, 4, 20.0, {ONE: 4})) == (60.0, {ONE: 4})
     assert end_s([FOUR], Fleet(8, 4, 20.0, {ONE: 4})) == (29.7, {FOUR: 1}), "the other node is free"
     assert end_s([FOUR], Fleet(4, 4, 20.0, {ONE: 4}), (Busy(ONE, 7.0),)) == (36.7, {FOUR: 1})
-    assert end_s([ONE, ONE, ONE, ONE, FOUR], Fleet(4, 4, 20.0, {ONE: 4})) == (59.7, {ONE: 4}), "the wide one is for later"
+    assert end_s([ONE, ONE, ONE, ONE, FOUR], Fleet(4, 4, 20.0, {ONE: 4})) == (59.7, {ONE: 4}), (
+        "the wide one is for later"
+    )
     assert end_s([FOUR], Fleet(4, 2))[0] == float("inf")
 
 

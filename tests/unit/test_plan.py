@@ -15,8 +15,8 @@ from pipeline.config.schedule import ScheduleConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.intake import Intake
-from pipeline.planning.spread import Machine
 from pipeline.planning.plan import Planner
+from pipeline.planning.spread import Machine
 from tests.unit.makers import LIMITS
 
 
