@@ -14,7 +14,7 @@ from pipeline.cost.meter import Meter
 from pipeline.engine.loading import MemoryBudget, load_engine
 from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
-from pipeline.records.work import ALONE
+from pipeline.records.parallel import ONE_GPU
 from pipeline.storage.models import local_copy
 from pipeline.storage.store import open_store
 from pipeline.worker import ClipRecipe, ClipWorker
@@ -33,7 +33,7 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     store = open_store(job.output, answer_timeout_s=timeout_s, is_exclusive=brief.is_exclusive)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
     limit_gb = job.cluster.gpu_memory_limit_gb
-    budget = MemoryBudget(_free_gpu_bytes(limit_gb), brief.demands[ALONE]) if device == "cuda" else None
+    budget = MemoryBudget(_free_gpu_bytes(limit_gb), brief.demands[ONE_GPU]) if device == "cuda" else None
     ops = (fused_ops if job.precision.kernels == "fused" else device_ops)(device)
     engine = load_engine(model, job.precision, device=device, ops=ops, budget=budget)
     if device == "cuda" and job.model.size.has_audio:

@@ -15,9 +15,9 @@ from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.geometry import LatentShape, PixelShape, latent_shape
 from pipeline.planning.spread import LayerFlops, Machine, prediction_s
-from pipeline.records.parallel import ParallelLayout
+from pipeline.records.parallel import ONE_GPU, ParallelLayout
 from pipeline.records.request import RenderRequest
-from pipeline.records.work import ALONE, Estimate
+from pipeline.records.work import Estimate
 
 UNCALIBRATED = "uncalibrated"
 # Tokens of an enhanced prompt: read, the instructions (305 words and signs) and an idea of some 150 words; written, the
@@ -77,7 +77,7 @@ class Estimator:
     machine: Machine
     price: UnitPrice
 
-    def estimate(self, request: RenderRequest, recipe: RecipeConfig, layout: ParallelLayout = ALONE) -> Estimate:
+    def estimate(self, request: RenderRequest, recipe: RecipeConfig, layout: ParallelLayout = ONE_GPU) -> Estimate:
         """What a clip takes on a group of `layout`. Only the denoiser is divided: the leader alone encodes the prompt
         and decodes the video, while the others are held."""
         phases = clip_phases(request, recipe, self.size)

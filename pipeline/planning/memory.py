@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from pipeline.config.model import DenoiserSize, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig
 from pipeline.geometry import PixelShape, latent_shape
-from pipeline.records.parallel import ParallelLayout
+from pipeline.records.parallel import ONE_GPU, ParallelLayout
 from pipeline.records.request import RenderRequest
-from pipeline.records.work import ALONE
 
 # Activations in 16-bit numbers, from measurements on one H200 (torch 2.11, 121 frames): the LTX-2 denoiser's peak at
 # 32,640 tokens is 1.95 GB above its weights. The video is decoded frame by frame, so only a frame's pixels count:
@@ -34,7 +33,7 @@ def demands(
     size: DenoiserSize,
     *,
     element_bytes: int,
-    layout: ParallelLayout = ALONE,
+    layout: ParallelLayout = ONE_GPU,
 ) -> tuple[dict[str, int], ...]:
     """Bytes that each phase takes of a GPU, for each kind of clip, the largest first; `element_bytes` of a number is 2
     or 4.
@@ -67,7 +66,7 @@ def bytes_on_a_gpu(
     recipe: RecipeConfig,
     size: DenoiserSize,
     precision: PrecisionConfig,
-    layout: ParallelLayout = ALONE,
+    layout: ParallelLayout = ONE_GPU,
 ) -> float:
     """What the fullest GPU of a group must hold at once, were everything else on the host: the denoiser at work, or the
     upsampler or the decoder, which the leader has for itself."""
@@ -81,7 +80,7 @@ def _demand(
     recipe: RecipeConfig,
     size: DenoiserSize,
     element_bytes: int,
-    layout: ParallelLayout = ALONE,
+    layout: ParallelLayout = ONE_GPU,
 ) -> dict[str, int]:
     rendered, scale = request.shape.rendered, element_bytes / 2
     sizes = recipe.stage_sizes(rendered.height, rendered.width)

@@ -14,9 +14,9 @@ from pipeline.config.model import DenoiserSize, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.memory import bytes_on_a_gpu
-from pipeline.records.parallel import ParallelLayout
+from pipeline.records.parallel import ONE_GPU, ParallelLayout
 from pipeline.records.request import RenderRequest
-from pipeline.records.work import ALONE, Offer
+from pipeline.records.work import Offer
 
 # A step has up to four predictions, and few models have heads for more than eight GPUs.
 DEGREES = (1, 2, 4, 8)
@@ -45,7 +45,7 @@ def layouts_up_to(num_gpus: int, size: DenoiserSize) -> tuple[ParallelLayout, ..
 class Menu:
     """Layouts to choose from, for GPUs that hold `card_bytes`; None if that is not known. One layout is no choice."""
 
-    layouts: tuple[ParallelLayout, ...] = (ALONE,)
+    layouts: tuple[ParallelLayout, ...] = (ONE_GPU,)
     card_bytes: float | None = None
 
     def offers(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.records.parallel import ParallelLayout
-
-ONE_GPU = ParallelLayout()
+from pipeline.records.parallel import ONE_GPU, ParallelLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.records.parallel import ParallelLayout
+from pipeline.records.parallel import ONE_GPU, ParallelLayout
 from pipeline.records.request import RenderRequest
 
 # Raised by hand whenever the same request would give other pixels or other sound than before.
@@ -16,7 +16,6 @@ RENDER_REVISION = 4
 # How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
 MORE_GPUS = "more_gpus"
 MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload", MORE_GPUS)
-ALONE = ParallelLayout()
 # Why a clip has its layout, where all clips of the job have it.
 GIVEN = "given"
 # Why it has its layout, where each clip gets one of its own when it is handed out, and this one was not.
@@ -77,7 +76,7 @@ class WorkItem:
     queued_ns: int = 0
     memory_rung: str = MEMORY_RUNGS[0]
     alone: bool = False
-    layout: ParallelLayout = ALONE
+    layout: ParallelLayout = ONE_GPU
     layout_reason: str = GIVEN
     offers: tuple[Offer, ...] = ()
     min_gpus: int = 1

@@ -14,7 +14,7 @@ from pipeline.cluster.worker_group import Rank, WorkerGroup
 from pipeline.cluster.worker_plan import WorkerPlan
 from pipeline.cost.pricing import UnitPrice
 from pipeline.errors import PipelineError
-from pipeline.records.work import ALONE
+from pipeline.records.parallel import ONE_GPU
 
 PLAN = WorkerPlan("run-1", "cpu", UnitPrice("p", Decimal(1)), threads=1, max_ranks=None, start_timeout_s=60.0)
 
@@ -23,7 +23,7 @@ def group(*, asked_s: float, is_placed: bool = False, node: str = "node-a") -> W
     rank = Rank(0, "cpu-0", None)
     if is_placed:
         rank.hello = Hello(Process(1, "1"), node, "host", 0, 0, ())
-    return WorkerGroup("group-0", ALONE, [rank], None, PLAN, asked_s)
+    return WorkerGroup("group-0", ONE_GPU, [rank], None, PLAN, asked_s)
 
 
 @pytest.fixture(autouse=True)
