@@ -38,7 +38,7 @@ class Dispatch:
             return None
         if not head.offers:
             return _as_given(head) if self._pool.num_free(head.layout) else None
-        choice = self._choose(now_ns)
+        choice = self._choose(now_ns, head)
         for layout, hand_out in choice.next_on.items():
             if self._queue.open_on[layout] < choice.groups.get(layout, 0) and self._pool.num_free(layout):
                 return hand_out
@@ -55,13 +55,16 @@ class Dispatch:
             # All waiting items have one layout, and the pool has a bound of its own.
             groups[head.layout] = groups.get(head.layout, 0) + queue.num_waiting
         else:
-            groups = dict(self._choose(now_ns).groups)
+            groups = dict(self._choose(now_ns, head).groups)
         self._pool.want(groups)
 
-    def _choose(self, now_ns: int) -> Choice:
+    def _choose(self, now_ns: int, head: WorkItem) -> Choice:
         queue, fleet = self._queue, self._pool.fleet()
-        if not fleet.num_gpus:
+        if fleet is None:
             return Choice()
+        if not fleet.num_gpus:
+            # A cluster may grow for who asks; who asks in vain is told what there is.
+            return Choice({head.layout: 1})
         is_stale = now_ns - self._chosen_ns > CHOOSE_AGAIN_NS
         if self._chosen_for != (queue.version, fleet) or is_stale:
             self._chosen_for, self._chosen_ns = (queue.version, fleet), now_ns

@@ -96,8 +96,8 @@ class Pool(Protocol):
         wish, `num_spare` are kept, and those that have been idle for long are given back."""
         ...
 
-    def fleet(self) -> Fleet:
-        """The GPUs there are, and the workers on them; no GPUs while that is not known."""
+    def fleet(self) -> Fleet | None:
+        """The GPUs there are, and the workers on them; None while that is not known."""
         ...
 
     def num_free(self, layout: ParallelLayout) -> int:

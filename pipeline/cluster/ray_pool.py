@@ -81,9 +81,10 @@ class RayPool:
         if self._staffing.want(workers, num_spare):
             self._check_at_s = 0.0
 
-    def fleet(self) -> Fleet:
-        nodes = self._room.nodes(self._draining, time.monotonic()) if self._is_up else {}
-        return self._staffing.fleet(self._groups.values(), nodes)
+    def fleet(self) -> Fleet | None:
+        if not self._is_up:
+            return None
+        return self._staffing.fleet(self._groups.values(), self._room.nodes(self._draining, time.monotonic()))
 
     def num_free(self, layout: ParallelLayout) -> int:
         return self._staffing.num_free(layout)

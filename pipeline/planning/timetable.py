@@ -27,7 +27,7 @@ class Busy:
 
 @dataclass(frozen=True)
 class Fleet:
-    """The GPUs that a job may use, in nodes of `gpus_per_node`; none while that is not known.
+    """The GPUs that a job may use, in nodes of `gpus_per_node`.
 
     `held` counts the job's groups by layout, at work or not. `load_s` is what a new one takes until its first clip.
     """

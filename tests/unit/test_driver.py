@@ -44,7 +44,7 @@ class ScriptedPool:
     def num_free(self, layout: ParallelLayout) -> int:
         return 0 if self.events else 1
 
-    def fleet(self) -> Fleet:
+    def fleet(self) -> Fleet | None:
         return Fleet(1, 1)
 
     def want(self, workers: Mapping[ParallelLayout, int], num_spare: int = 0) -> None:
