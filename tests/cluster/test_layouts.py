@@ -53,12 +53,16 @@ def test_a_job_holds_workers_of_one_and_of_two_ranks_at_once(farm: NewFarm) -> N
 
 def test_single_workers_are_given_back_for_a_pair_that_has_no_other_place(farm: NewFarm) -> None:
     this = farm(["render 0.5"] * 3, workers.obedient, num_workers=2)
-    plan(this, offers(20.0), offers(20.0), offers(1.0, TOO_LARGE))
+    plan(this, offers(20.0)[:1], offers(20.0)[:1], offers(1.0, TOO_LARGE))
     rows = ending_rows(this.run())
     assert [row["num_gpus"] for _, row in sorted(rows.items())] == [1, 1, 2]
-    assert sorted(facts["group"] for facts in this.facts("worker_given_back")) == ["group-0", "group-1"]
-    assert [facts["group"] for facts in this.facts("worker_ready")][-1] == "group-2"
-    assert not this.facts("worker_lost")
+    of_the_pair = [e for e in this.log.entries if e.id == "row-2"]
+    (pair,) = {e.group_id for e in of_the_pair}
+    began_ns = min(e.t0_ns for e in of_the_pair)
+    assert {e.rank for e in of_the_pair} == {0, 1}
+    singles = [seat for seat in this.log.seats if seat.group_id != pair]
+    assert singles and all(seat.released_ns is not None and seat.released_ns <= began_ns for seat in singles)
+    assert this.facts("worker_given_back") and not this.facts("worker_lost")
 
 
 def test_two_gangs_that_start_at_once_on_one_node_meet_at_ports_of_their_own(farm: NewFarm) -> None:
