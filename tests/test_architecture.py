@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.errors": set(),
     "pipeline.geometry": set(),
     "pipeline.telemetry": set(),
-    "pipeline.config": {"pipeline.errors"},
+    # What a layout is and must divide is a record: settings, plans and results mean the same by its name.
+    "pipeline.config": {"pipeline.errors", "pipeline.records.parallel"},
     "pipeline.records": {"pipeline.errors", "pipeline.geometry"},
     "pipeline.model": {"kernels.ops", "kernels.rows", "pipeline.geometry", "pipeline.errors"},
     "pipeline.media": {"pipeline.errors", "pipeline.geometry"},
@@ -55,16 +56,19 @@ MAY_IMPORT: dict[str, set[str]] = {
                         "pipeline.storage.store", "pipeline.storage.patience",
                         "pipeline.storage.adapters",
                         "pipeline.cost.meter", "pipeline.errors", "pipeline.cluster.assignment"},
-    # A pool owns its workers' time, so it holds their meters; the driver applies the policy's decisions and sums the
-    # ledger; the folder of a Ray of ours is named for its driver as files are.
+    # A pool owns its workers' time, so it holds their meters, and says what layouts are chosen by; the driver applies
+    # the policy's decisions and sums the ledger; the folder of a Ray of ours is named for its driver as files are.
     "pipeline.cluster": {"pipeline.errors", "pipeline.config", "pipeline.telemetry", "pipeline.records",
                          "pipeline.planning.queue", "pipeline.planning.policy", "pipeline.planning.pace",
+                         "pipeline.planning.layout_choice", "pipeline.planning.timetable",
                          "pipeline.cost.meter", "pipeline.cost.pricing", "pipeline.cost.allocation",
                          "pipeline.storage.processes"},
     # Composes denoisers and decoders as a worker does, with others' beside them, and counts operations as the planner.
     "pipeline.bench": {"pipeline.config", "pipeline.errors", "pipeline.geometry", "pipeline.engine", "pipeline.model",
                        "pipeline.planning.estimate", "kernels"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
+    "pipeline.assembly.model_facts": {"pipeline.config", "pipeline.records.wishes", "pipeline.storage",
+                                      "pipeline.errors"},
     "pipeline.assembly.closing": {"pipeline.cluster.ending", "pipeline.cost.allocation", "pipeline.planning.plan",
                                 "pipeline.records"},
     "pipeline.assembly.worker_side": {"pipeline.assembly.brief", "pipeline.config", "pipeline.worker",
@@ -73,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
                                       "pipeline.storage.store", "pipeline.cost.meter",
                                       "pipeline.records", "pipeline.media.mux", "pipeline.errors"},
     "pipeline.assembly.driver_side": {"pipeline.assembly.closing", "pipeline.assembly.brief",
+                                      "pipeline.assembly.model_facts",
                                       "pipeline.config", "pipeline.planning",
                                       "pipeline.storage", "pipeline.cost",
                                       "pipeline.cluster", "pipeline.records", "pipeline.errors",
@@ -264,8 +269,11 @@ def test_every_yaml_composes_and_says_its_own_name() -> None:
     script = (
         "import json, sys\n"
         "from jobs.entry import RenderJob, compose_job\n"
+        # Layouts need room: processes for their GPUs, heads and predictions to divide.
+        "room = ['cluster=local', 'model=ltx2_19b_dev', 'recipe=full_two_stage']\n"
         "for group, member in json.load(sys.stdin):\n"
-        "    job = compose_job(RenderJob, 'render', [f'{group}={member}'])\n"
+        "    beside = room if group == 'parallel' else []\n"
+        "    job = compose_job(RenderJob, 'render', [f'{group}={member}', *beside])\n"
         "    assert getattr(job, group).name == member, (group, member)\n"
     )
     members = _members()

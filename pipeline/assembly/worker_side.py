@@ -15,6 +15,7 @@ from pipeline.cost.meter import Meter
 from pipeline.engine.loading import MemoryBudget, load_engine
 from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
+from pipeline.records.parallel import ONE_GPU
 from pipeline.storage.models import local_copy
 from pipeline.storage.store import open_store
 from pipeline.worker import ClipRecipe, ClipWorker
@@ -32,7 +33,8 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     timeout_s = job.storage.answer_timeout_s
     store = open_store(job.output, answer_timeout_s=timeout_s, is_exclusive=brief.is_exclusive)
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
-    budget = MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.demands) if device == "cuda" else None
+    limit_gb = job.cluster.gpu_memory_limit_gb
+    budget = MemoryBudget(_free_gpu_bytes(limit_gb), brief.demands[ONE_GPU]) if device == "cuda" else None
     ops = operations(job.precision, device)
     engine = load_engine(model, job.precision, device=device, ops=ops, budget=budget)
     if device == "cuda" and job.model.size.has_audio:

@@ -83,3 +83,6 @@ class ParallelLayout:
                 f"a layout must fit one node, got {self.name} of {self.num_gpus} GPUs for nodes of {gpus_per_node}; "
                 "use smaller degrees, and more workers for throughput"
             )
+
+
+ONE_GPU = ParallelLayout()

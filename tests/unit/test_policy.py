@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.errors import (
@@ -23,7 +25,8 @@ from pipeline.planning.policy import (
     retried,
     silence_limit_s,
 )
-from pipeline.records.work import MEMORY_RUNGS
+from pipeline.records.parallel import ParallelLayout
+from pipeline.records.work import MEMORY_RUNGS, Estimate, Offer
 from tests.unit.makers import item
 
 RETRY, ASIDE, STOP = AfterFailure.RETRY, AfterFailure.SET_ASIDE, AfterFailure.STOP_JOB
@@ -160,3 +163,15 @@ def test_a_deadline_refuses_what_would_end_after_it() -> None:
 
 def test_no_limits_refuse_nothing() -> None:
     assert refusal(Admission(), spent_usd=1e9) is None
+
+
+def test_out_of_memory_on_the_last_rung_is_tried_on_wider_layouts_until_there_is_none() -> None:
+    offers = tuple(Offer(ParallelLayout(n), Estimate(1e12, 2.0, 0.01, "uncalibrated", num_gpus=n)) for n in (1, 2, 4))
+    work, failures, seen = replace(item(), offers=offers), RowFailures(), []
+    while (decision := after_failure("OutOfMemory", work, failures)) is AfterFailure.NEXT_RUNG:
+        work = retried(work, decision)
+        # It is handed out on the narrowest that it may have.
+        work = replace(work, layout=ParallelLayout(work.min_gpus))
+        seen.append((work.memory_rung, work.min_gpus))
+    assert decision is AfterFailure.SET_ASIDE
+    assert seen == [("small_decode_chunks", 1), ("offload", 1), ("more_gpus", 2), ("more_gpus", 4)]
