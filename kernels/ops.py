@@ -45,11 +45,23 @@ GatedResidualNormQuantisedFn = Callable[
 QkNormRopeFn = Callable[[Tensor, Tensor, "tuple[Tensor, Tensor] | None", int, float], Tensor]
 """(x_BTD, weight_D, (cos_BHTP, sin_BHTP) or None, num_heads, eps) -> BHTK"""
 
+SumOfSquaresFn = Callable[[Tensor], Tensor]
+"""x_BTD -> float32 BT1"""
+
+QkScaleRopeFn = Callable[[Tensor, Tensor, Tensor, "tuple[Tensor, Tensor] | None", int], Tensor]
+"""(x_BTD, inverse_BT1, weight_D, (cos_BHTP, sin_BHTP) or None, num_heads) -> BHTK"""
+
 GateHeadsFn = Callable[[Tensor, Tensor], Tensor]
 """(x_BTD, logits_BTH) -> BTD"""
 
 QuantiseRowsFn = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x_MD -> (float8 MD, scale_M1)"""
+
+RowPeaksFn = Callable[[Tensor], Tensor]
+"""x_MD -> float32 M1"""
+
+QuantiseRowsToFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(x_MD, peak_M1) -> (float8 MD, scale_M1)"""
 
 GeluQuantisedFn = Callable[[Tensor], ScaledRows]
 """x_BTD -> rows of BTD"""
@@ -66,7 +78,11 @@ ActivationFn = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class OpSet:
-    """One implementation of each operation. To swap one, use `dataclasses.replace`."""
+    """One implementation of each operation. To swap one, use `dataclasses.replace`.
+
+    `sum_of_squares`, `qk_scale_rope`, `row_peaks` and `quantise_rows_to` are the halves of norms and quantisations
+    whose rows are held by several devices.
+    """
 
     attention: AttentionFn
     attention_with_lse: AttentionWithLseFn
@@ -79,11 +95,16 @@ class OpSet:
     gated_residual_norm_quantised: GatedResidualNormQuantisedFn
     qk_norm_rope: QkNormRopeFn
     qk_norm_rope_interleaved: QkNormRopeFn
+    sum_of_squares: SumOfSquaresFn
+    qk_scale_rope: QkScaleRopeFn
+    qk_scale_rope_interleaved: QkScaleRopeFn
     gate_heads: GateHeadsFn
     gelu_tanh: ActivationFn
     gelu_quantised: GeluQuantisedFn
     linear_gelu: LinearGeluFn
     quantise_rows: QuantiseRowsFn
+    row_peaks: RowPeaksFn
+    quantise_rows_to: QuantiseRowsToFn
     fp8_linear: Fp8LinearFn
 
 
@@ -123,7 +144,12 @@ def fused_ops(device: str) -> OpSet:
         gated_residual_norm_quantised=gated_residual_norm.gated_residual_norm_quantised,
         qk_norm_rope=qk_norm_rope.qk_norm_rope,
         qk_norm_rope_interleaved=qk_norm_rope.qk_norm_rope_interleaved,
+        sum_of_squares=qk_norm_rope.sum_of_squares,
+        qk_scale_rope=qk_norm_rope.qk_scale_rope,
+        qk_scale_rope_interleaved=qk_norm_rope.qk_scale_rope_interleaved,
         gelu_quantised=quantise_rows.gelu_quantised,
         linear_gelu=linear_gelu.linear_gelu,
         quantise_rows=quantise_rows.quantise_rows,
+        row_peaks=quantise_rows.row_peaks,
+        quantise_rows_to=quantise_rows.quantise_rows_to,
     )

@@ -6,10 +6,13 @@ x (B, T, D = H * K), contiguous, of float32, bfloat16 or float16; weight (D,); c
 contiguous, or None for the norm alone. a and b are the two halves of a head's channels, or (interleaved) its even and
 odd ones. Everything is float32 and rounded once, to the dtype of x. One program a token holds its row in registers.
 
+Where the channels of a token are held by several devices this comes in two halves: the sum of squares of those here,
+then, once the devices have added theirs up, the rest by the inverse of the norm.
+
 The result has the shape (B, H, T, K) but lies in memory as x does, token by token: rows are written as they were read,
 and attention, which gives its result the layout of the queries, needs no copy to put heads side by side again.
 
-Defined by `kernels.reference.qk_norm_rope` and `qk_norm_rope_interleaved`, whose shape suffixes are used.
+Defined by the functions of `kernels.reference` of the same names, whose shape suffixes are used.
 """
 
 # ruff: noqa: ANN001, ANN202  (device code: its arguments are addresses and numbers, typed by the compiler)
@@ -58,13 +61,16 @@ def _store_pairs(row, a, b, H: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.co
 
 @triton.jit
 def _kernel(
-    x, weight, cos, sin, y, num_tokens, table_sample_stride, eps, H: tl.constexpr, P: tl.constexpr,
+    x, inverse_rms, weight, cos, sin, y, num_tokens, table_sample_stride, eps, H: tl.constexpr, P: tl.constexpr,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     token_row = tl.program_id(0).to(tl.int64)
     row = token_row * (2 * H * P)
     a, b = _load_pairs(x + row, H, P, INTERLEAVED, HEADS, PAIRS)
-    inverse = tl.rsqrt(tl.sum(tl.sum(a * a + b * b, axis=1), axis=0) / (2 * H * P) + eps)
+    if inverse_rms is not None:
+        inverse = tl.load(inverse_rms + token_row)
+    else:
+        inverse = tl.rsqrt(tl.sum(tl.sum(a * a + b * b, axis=1), axis=0) / (2 * H * P) + eps)
     weight_a, weight_b = _load_pairs(weight, H, P, INTERLEAVED, HEADS, PAIRS)
     a = a * inverse * weight_a
     b = b * inverse * weight_b
@@ -80,30 +86,66 @@ def _kernel(
     _store_pairs(y + row, a, b, H, P, INTERLEAVED, HEADS, PAIRS)
 
 
+@triton.jit
+def _sum_kernel(x, total, D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    values = tl.load(x + row * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+    tl.store(total + row, tl.sum(values * values, axis=0))
+
+
 def qk_norm_rope(
     x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
 ) -> Tensor:
     """`kernels.reference.qk_norm_rope` on a GPU, (B, H, T, K) as a view of (B, T, D). ValueError if a layout is off."""
-    return _launch(x_BTD, weight_D, rotary, num_heads, eps, interleaved=False)
+    return _launch(x_BTD, eps, weight_D, rotary, num_heads, interleaved=False)
 
 
 def qk_norm_rope_interleaved(
     x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
 ) -> Tensor:
     """`kernels.reference.qk_norm_rope_interleaved`, otherwise as `qk_norm_rope`."""
-    return _launch(x_BTD, weight_D, rotary, num_heads, eps, interleaved=True)
+    return _launch(x_BTD, eps, weight_D, rotary, num_heads, interleaved=True)
+
+
+def qk_scale_rope(
+    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int
+) -> Tensor:
+    """`kernels.reference.qk_scale_rope` on a GPU, otherwise as `qk_norm_rope`."""
+    return _launch(x_BTD, inverse_BT1, weight_D, rotary, num_heads, interleaved=False)
+
+
+def qk_scale_rope_interleaved(
+    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int
+) -> Tensor:
+    """`kernels.reference.qk_scale_rope_interleaved` on a GPU, otherwise as `qk_norm_rope`."""
+    return _launch(x_BTD, inverse_BT1, weight_D, rotary, num_heads, interleaved=True)
+
+
+def sum_of_squares(x_BTD: Tensor) -> Tensor:
+    """`kernels.reference.sum_of_squares` on a GPU. ValueError if x is not contiguous."""
+    require_contiguous("x_BTD", x_BTD)
+    width = x_BTD.shape[-1]
+    sum_BT1 = torch.empty(*x_BTD.shape[:-1], 1, dtype=torch.float32, device=x_BTD.device)
+    block = triton.next_power_of_2(width)
+    _sum_kernel[(sum_BT1.numel(),)](x_BTD, sum_BT1, D=width, BLOCK=block, num_warps=num_warps_for(block))
+    return sum_BT1
 
 
 def _launch(
     x_BTD: Tensor,
+    norm: Tensor | float,
     weight_D: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     num_heads: int,
-    eps: float,
     *,
     interleaved: bool,
 ) -> Tensor:
+    """`norm` is the inverse of each token's norm, or the eps with which to find it."""
     require_contiguous("x_BTD", x_BTD)
+    inverse_BT1, eps = (norm, 0.0) if isinstance(norm, Tensor) else (None, norm)
+    if inverse_BT1 is not None:
+        require_contiguous("inverse_BT1", inverse_BT1)
     num_samples, num_tokens, width = x_BTD.shape
     num_pairs = width // num_heads // 2
     cos, sin = (None, None) if rotary is None else rotary
@@ -118,7 +160,7 @@ def _launch(
     y_BTD = torch.empty_like(x_BTD)
     heads, pairs = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_pairs)
     _kernel[(num_samples * num_tokens,)](
-        x_BTD, weight_D, cos, sin, y_BTD, num_tokens, sample_stride, eps, H=num_heads, P=num_pairs,
+        x_BTD, inverse_BT1, weight_D, cos, sin, y_BTD, num_tokens, sample_stride, eps, H=num_heads, P=num_pairs,
         INTERLEAVED=interleaved, HEADS=heads, PAIRS=pairs, num_warps=num_warps_for(2 * heads * pairs),
     )  # fmt: skip
     return y_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -122,9 +122,9 @@ def qk_norm_rope(
     3. With rotary = (cos, sin), float32 of (B, H, T, P), and y = (a, b) the two halves of a head's channels:
        (a cos - b sin, b cos + a sin).
     """
-    y_BHTK = _normed_heads(x_BTD, weight_D, num_heads, eps)
+    y_BHTK = _heads(_rms_normalised(x_BTD, eps), weight_D, num_heads)
     if rotary is not None:
-        y_BHTK = _rotated(y_BHTK, rotary, lambda whole: whole.chunk(2, dim=-1))
+        y_BHTK = _rotated(y_BHTK, rotary, _halves)
     return y_BHTK.to(x_BTD.dtype)
 
 
@@ -132,9 +132,37 @@ def qk_norm_rope_interleaved(
     x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
 ) -> Tensor:
     """As `qk_norm_rope`, but a and b are the even and the odd channels of a head, and stay where they were."""
-    y_BHTK = _normed_heads(x_BTD, weight_D, num_heads, eps)
+    y_BHTK = _heads(_rms_normalised(x_BTD, eps), weight_D, num_heads)
     if rotary is not None:
-        y_BHTK = _rotated(y_BHTK, rotary, lambda whole: whole.unflatten(-1, (-1, 2)).unbind(dim=-1))
+        y_BHTK = _rotated(y_BHTK, rotary, _neighbours)
+    return y_BHTK.to(x_BTD.dtype)
+
+
+def sum_of_squares(x_BTD: Tensor) -> Tensor:
+    """Over all D channels of each token, float32 (B, T, 1): what a norm needs of channels that are held apart."""
+    return torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32).square()
+
+
+def qk_scale_rope(
+    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int
+) -> Tensor:
+    """`qk_norm_rope` where the norm runs over more channels than these: `inverse` is its 1 / sqrt(mean + eps).
+
+    float32 (B, T, 1); y = x * inverse * weight in step 1, all else as there.
+    """
+    y_BHTK = _heads(x_BTD * inverse_BT1, weight_D, num_heads)
+    if rotary is not None:
+        y_BHTK = _rotated(y_BHTK, rotary, _halves)
+    return y_BHTK.to(x_BTD.dtype)
+
+
+def qk_scale_rope_interleaved(
+    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int
+) -> Tensor:
+    """As `qk_scale_rope`, with the pairs of `qk_norm_rope_interleaved`."""
+    y_BHTK = _heads(x_BTD * inverse_BT1, weight_D, num_heads)
+    if rotary is not None:
+        y_BHTK = _rotated(y_BHTK, rotary, _neighbours)
     return y_BHTK.to(x_BTD.dtype)
 
 
@@ -164,7 +192,16 @@ def quantise_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
 
     scale = max|row| / 448, so the largest value of a row becomes the largest of the format; 1 for a row of zeros.
     """
-    peak_M1 = x_MD.abs().amax(dim=-1, keepdim=True).float()
+    return quantise_rows_to(x_MD, row_peaks(x_MD))
+
+
+def row_peaks(x_MD: Tensor) -> Tensor:
+    """max|row|, float32 (M, 1): what `quantise_rows` needs of rows that are held apart."""
+    return x_MD.abs().amax(dim=-1, keepdim=True).float()
+
+
+def quantise_rows_to(x_MD: Tensor, peak_M1: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantise_rows` where `peak` is the largest number of longer rows of which these are parts, float32 (M, 1)."""
     scale_M1 = torch.where(peak_M1 > 0, peak_M1 / FP8_MAX, torch.ones_like(peak_M1))
     return (x_MD.float() / scale_M1).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale_M1
 
@@ -198,9 +235,17 @@ def _rms_normalised(x_BTD: Tensor, eps: float) -> Tensor:
     return x_BTD * torch.rsqrt(norm_BT1.square() / x_BTD.shape[-1] + eps)
 
 
-def _normed_heads(x_BTD: Tensor, weight_D: Tensor, num_heads: int, eps: float) -> Tensor:
-    y_BTD = _rms_normalised(x_BTD, eps).mul_(weight_D)
-    return y_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def _heads(normed_BTD: Tensor, weight_D: Tensor, num_heads: int) -> Tensor:
+    """Writes to its first argument, which is float32."""
+    return normed_BTD.mul_(weight_D).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _halves(whole: Tensor) -> tuple[Tensor, ...]:
+    return whole.chunk(2, dim=-1)
+
+
+def _neighbours(whole: Tensor) -> tuple[Tensor, ...]:
+    return whole.unflatten(-1, (-1, 2)).unbind(dim=-1)
 
 
 def _rotated(y_BHTK: Tensor, rotary: tuple[Tensor, Tensor], halves: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:

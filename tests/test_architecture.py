@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.engine": {"pipeline.errors", "pipeline.config", "pipeline.geometry", "pipeline.telemetry",
                         "pipeline.records.request", "pipeline.records.work", "kernels.ops", "pipeline.model"},
     "pipeline.parallel": {"pipeline.errors", "pipeline.model", "pipeline.records.parallel", "pipeline.records.gang",
-                          "kernels.ops"},
+                          "kernels.ops", "kernels.rows"},
     "pipeline.attempt": {"pipeline.records", "pipeline.storage.assets", "pipeline.cost.meter",
                          "pipeline.cluster.assignment"},
     "pipeline.worker": {"pipeline.attempt",

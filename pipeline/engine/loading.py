@@ -17,7 +17,7 @@ from typing import cast
 
 import torch
 
-from kernels.ops import OpSet
+from kernels.ops import OpSet, reference_ops
 from pipeline.config.model import ModelConfig, PrecisionConfig
 from pipeline.engine.components.audio_vae import load_audio_decoder
 from pipeline.engine.components.connectors import load_text_connectors
@@ -34,11 +34,16 @@ from pipeline.errors import CheckpointMismatch, UsageError
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.checkpoint import (
     CheckpointFile,
+    Sharding,
+    build_on_meta,
+    denoiser_names,
     denoiser_tensors,
     load_denoiser,
     name_on_disk,
     read_hparams,
+    region_of,
 )
+from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.dtypes import require_usable_dtypes
 from pipeline.model.hparams import ExchangeTimesteps
 
@@ -69,25 +74,28 @@ class MemoryBudget:
 
 
 def load_engine(
-    model: ModelConfig, precision: PrecisionConfig, *, device: str, ops: OpSet, budget: MemoryBudget | None = None
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    *,
+    device: str,
+    ops: OpSet,
+    budget: MemoryBudget | None = None,
+    sharding: Sharding | None = None,
 ) -> RenderEngine:
     """Every part of `model` on `device`, and the calling thread's number of torch threads set.
 
-    Under a `budget`, parts that do not fit beside the others wait on the host between uses. Raises UsageError or
+    Under a `budget`, parts that do not fit beside the others wait on the host between uses. With a `sharding` the
+    denoiser is a share of one that several engines, loaded and used alike, compute together. Raises UsageError or
     CheckpointMismatch, before weights are read where the headers show it, if a file is missing, is of another kind, or
     disagrees with `model.size`; OutOfMemory if the budget cannot be met.
     """
     started = time.monotonic()
     _configure_torch(precision)
     folder, dtype = Path(model.folder), _DTYPES[precision.dtype]
-    checkpoint = CheckpointFile(folder / model.checkpoint)
-    _require_size(model, checkpoint)
-    require_usable_dtypes(checkpoint.path, checkpoint.tensor_specs())
-    _require_all_tensors_known(checkpoint)
-    _require_fp8_possible(model, precision, checkpoint, device)
+    checkpoint = _open_checkpoint(model, precision, device)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
 
-    plan = None if budget is None else _plan(model, precision, checkpoint, budget)
+    plan = None if budget is None else _plan(model, precision, checkpoint, budget, sharding)
     residency = Residency(device, () if plan is None else plan.on_host)
 
     encoder = load_text_encoder(
@@ -105,17 +113,13 @@ def load_engine(
     upsampler = None
     if upscaler is not None:
         upsampler = load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)
-    # The settings know no other rules than the model does (`EXCHANGE_TIMESTEPS`).
-    rule = cast(ExchangeTimesteps, model.exchange_timesteps)
-    denoiser = load_denoiser(
-        checkpoint, ops, device, dtype, exchange_timesteps=rule, fp8_blocks=_fp8_blocks(precision, model)
-    )
+    denoiser = _load_denoiser(model, precision, checkpoint, device, ops, sharding)
     residency.keep(VIDEO_DECODER, video_decoder.module)
     residency.keep(DENOISER, denoiser)
     engine = RenderEngine(
         text=TextConditioner(encoder, connectors, device=device, residency=residency),
         denoiser=denoiser,
-        fused=FusedAdapters(denoiser, checkpoint, dtype),
+        fused=FusedAdapters(denoiser, checkpoint, dtype, sharding),
         adapter_files={name: str(folder / file) for name, file in model.extras().items()},
         upsampler=upsampler,
         video_encoder=load_video_encoder(checkpoint, device=device, dtype=dtype),
@@ -127,6 +131,36 @@ def load_engine(
     )
     _log_loaded(model, device, plan, text_encoder_s=text_loaded - started, load_s=time.monotonic() - started)
     return engine
+
+
+def _open_checkpoint(model: ModelConfig, precision: PrecisionConfig, device: str) -> CheckpointFile:
+    """The model's checkpoint, found by its header to be what the settings say of it."""
+    checkpoint = CheckpointFile(Path(model.folder) / model.checkpoint)
+    _require_size(model, checkpoint)
+    require_usable_dtypes(checkpoint.path, checkpoint.tensor_specs())
+    _require_all_tensors_known(checkpoint)
+    _require_fp8_possible(model, precision, checkpoint, device)
+    return checkpoint
+
+
+def _load_denoiser(
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    checkpoint: CheckpointFile,
+    device: str,
+    ops: OpSet,
+    sharding: Sharding | None,
+) -> AudioVideoDenoiser:
+    return load_denoiser(
+        checkpoint,
+        ops,
+        device,
+        _DTYPES[precision.dtype],
+        # The settings know no other rules than the model does (`EXCHANGE_TIMESTEPS`).
+        exchange_timesteps=cast(ExchangeTimesteps, model.exchange_timesteps),
+        fp8_blocks=_fp8_blocks(precision, model),
+        sharding=sharding,
+    )
 
 
 def _configure_torch(precision: PrecisionConfig) -> None:
@@ -154,14 +188,19 @@ def _fp8_blocks(precision: PrecisionConfig, model: ModelConfig) -> range:
 
 
 def _plan(
-    model: ModelConfig, precision: PrecisionConfig, checkpoint: CheckpointFile, budget: MemoryBudget
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    checkpoint: CheckpointFile,
+    budget: MemoryBudget,
+    sharding: Sharding | None,
 ) -> MemoryPlan:
     """Weights as the headers tell them, in the numbers they will be held in."""
     wanted = _DTYPES[precision.dtype]
+    specs = checkpoint.tensor_specs()
     sizes = {
         # Float8 files are widened to 16 bits unless the tier computes in float8.
-        name: math.prod(spec.shape) * max(2, (wanted or spec.dtype).itemsize)
-        for name, spec in checkpoint.tensor_specs().items()
+        name: math.prod(shape) * max(2, (wanted or specs[name].dtype).itemsize)
+        for name, shape in _shapes_here(checkpoint, sharding).items()
     }
     ours = set(denoiser_tensors(sizes))
     decoder = {name for name in sizes if name.startswith("vae.decoder.")}
@@ -181,6 +220,19 @@ def _plan(
         Part("rest", rest_bytes, frozenset(PHASES), can_wait=False),
     ]
     return plan_for_most(parts, budget.demands, budget.limit_bytes)
+
+
+def _shapes_here(checkpoint: CheckpointFile, sharding: Sharding | None) -> dict[str, tuple[int, ...]]:
+    """Of what this device will hold, by the name on disk."""
+    shapes = {name: spec.shape for name, spec in checkpoint.tensor_specs().items()}
+    if sharding is not None:
+        places = build_on_meta(read_hparams(checkpoint), reference_ops()).state_dict()
+        for stored, place in denoiser_names(places, ()).items():
+            # What is missing is said where the denoiser is loaded.
+            if stored in shapes:
+                whole = torch.empty(shapes[stored], device="meta")
+                shapes[stored] = tuple(whole[region_of(stored, place, checkpoint, sharding)].shape)
+    return shapes
 
 
 def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:

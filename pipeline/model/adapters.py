@@ -20,14 +20,17 @@ from pipeline.errors import CheckpointMismatch
 from pipeline.model.checkpoint import (
     DENOISER_PREFIX,
     CheckpointFile,
+    Sharding,
     TensorFile,
     denoiser_names,
     fill_place,
+    region_of,
     set_tensor,
 )
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.fitting import listed
 from pipeline.model.fp8 import Fp8Linear
+from pipeline.model.share import Region
 
 _KEY = re.compile(r"diffusion_model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -42,14 +45,22 @@ class Adapter(NamedTuple):
 class FusedAdapters:
     """Which adapters are in a denoiser's weights, and the way to have others. One for each loaded denoiser.
 
-    `dtype` is that which the denoiser was loaded with. `num_fusions` counts how often the weights were changed.
+    `dtype` and `sharding` are those which the denoiser was loaded with; every device of a sharding must change its
+    weights at the same time. `num_fusions` counts how often the weights were changed.
     """
 
-    def __init__(self, denoiser: AudioVideoDenoiser, checkpoint: CheckpointFile, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        denoiser: AudioVideoDenoiser,
+        checkpoint: CheckpointFile,
+        dtype: torch.dtype | None,
+        sharding: Sharding | None = None,
+    ) -> None:
         self.num_fusions = 0
         self._denoiser = denoiser
         self._checkpoint = checkpoint
         self._dtype = dtype
+        self._sharding = sharding
         self._places = denoiser_names(denoiser.state_dict(), ())
         self._fused: tuple[Adapter, ...] | None = ()
         self._touched: set[str] = set()
@@ -78,18 +89,21 @@ class FusedAdapters:
         self._opened(tuple(Adapter(Path(path), float(strength)) for path, strength in adapters))
 
     def _opened(self, adapters: tuple[Adapter, ...]) -> list[_AdapterFile]:
-        shapes = {stored: self._denoiser.get_parameter(place).shape for stored, place in self._places.items()}
+        specs = self._checkpoint.tensor_specs()
+        shapes = {stored: specs[stored].shape for stored in self._places}
         return [_AdapterFile(adapter, shapes) for adapter in adapters]
 
     def _write(self, stored: str, adapters: list[_AdapterFile]) -> None:
         place = self._places[stored]
         device = self._denoiser.get_parameter(place).device
+        region = region_of(stored, place, self._checkpoint, self._sharding)
         if not adapters:
-            fill_place(self._denoiser, place, self._checkpoint, stored, device, self._dtype)
+            fill_place(self._denoiser, place, self._checkpoint, stored, device, self._dtype, region)
             return
         layer = self._denoiser.get_submodule(place.rpartition(".")[0])
-        clean_ND = self._checkpoint.read(stored, device, torch.float32 if isinstance(layer, Fp8Linear) else self._dtype)
-        deltas = [adapter.delta(stored, device) for adapter in adapters]
+        dtype = torch.float32 if isinstance(layer, Fp8Linear) else self._dtype
+        clean_ND = self._checkpoint.read(stored, device, dtype, region)
+        deltas = [adapter.delta(stored, device, region) for adapter in adapters]
         delta_ND = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(dim=0)
         set_tensor(self._denoiser, place, clean_ND + delta_ND)
 
@@ -97,7 +111,7 @@ class FusedAdapters:
 class _AdapterFile:
     """An adapter's pairs of factors, each by the name on disk of the weight that it changes."""
 
-    def __init__(self, adapter: Adapter, shapes: Mapping[str, torch.Size]) -> None:
+    def __init__(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.strength = adapter.strength
         self._file = TensorFile(adapter.path, "adapter")
         pairs: dict[str, dict[str, str]] = {}
@@ -121,18 +135,21 @@ class _AdapterFile:
                 )
             )
 
-    def delta(self, stored: str, device: torch.device) -> Tensor:
-        """What is added to a weight, (N, D): (B * strength) A in bfloat16, as LTX-2 release 1.2.0 rounds it."""
-        pair = self.factors[stored]
-        b_NR = self._file.read(pair["B"], device, torch.bfloat16) * self.strength
-        return b_NR @ self._file.read(pair["A"], device, torch.bfloat16)
+    def delta(self, stored: str, device: torch.device, region: Region) -> Tensor:
+        """What is added to a weight, (N, D), or to a region of it.
 
-    def _problems_of(self, stored: str, shapes: Mapping[str, torch.Size]) -> list[str]:
+        (B * strength) A in bfloat16, as LTX-2 release 1.2.0 rounds it.
+        """
+        pair = self.factors[stored]
+        b_NR = self._file.read(pair["B"], device, torch.bfloat16, region[:1]) * self.strength
+        return b_NR @ self._file.read(pair["A"], device, torch.bfloat16, (slice(None), *region[1:]))
+
+    def _problems_of(self, stored: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         pair = self.factors[stored]
         if len(pair) < 2:
             return [f"without its other half: {key}" for key in pair.values()]
         if stored not in shapes:
             return [f"of no weight: {key}" for key in pair.values()]
         a, b = (self._file.tensor_specs()[pair[factor]].shape for factor in "AB")
-        fits = len(a) == len(b) == 2 and b[1] == a[0] and (b[0], a[1]) == tuple(shapes[stored])
+        fits = len(a) == len(b) == 2 and b[1] == a[0] and (b[0], a[1]) == shapes[stored]
         return [] if fits else [f"wrong shape: {pair['B']} {list(b)} by {list(a)} must give {list(shapes[stored])}"]

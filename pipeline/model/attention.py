@@ -1,21 +1,24 @@
 """Projections around the attention slot: one module for self-, text and audio-video attention.
 
-`attend` is the slot, and the only attribute that anything outside may replace (to spread attention over devices).
+`attend` is the slot, which anything outside may replace (to spread attention over devices). Where devices share the
+heads of a module among them, `share_heads` says so to each; its weights then hold the channels of its own heads.
 
 Shape suffixes: B batch, T query tokens, S key tokens, D channels, H heads, K channels of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from kernels.ops import OpSet
+from kernels.ops import OpSet, QkNormRopeFn
 from kernels.rows import ScaledRows
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.rope import RotaryTable
+from pipeline.model.share import Share
 
 # Which samples of a batch go without something: none (False), all (True), or those marked in a bool (B,).
 Skipped = bool | Tensor
@@ -26,6 +29,27 @@ class KeysValues(NamedTuple):
 
     k_BHSK: Tensor
     v_BHSK: Tensor
+
+
+class Projected(NamedTuple):
+    """Queries or keys before their norm, (B, T, H * K), its weight, (H * K,), and their rotations."""
+
+    x_BTD: Tensor
+    weight_D: Tensor
+    rotary: RotaryTable | None
+
+
+NormHeadsFn = Callable[[Sequence[Projected], int, float], list[Tensor]]
+"""(projections of one attention, number of heads, eps) -> BHTK of each"""
+
+
+def one_by_one(norm: QkNormRopeFn) -> NormHeadsFn:
+    """Each projection normed by itself."""
+
+    def norm_heads(projections: Sequence[Projected], num_heads: int, eps: float) -> list[Tensor]:
+        return [norm(given.x_BTD, given.weight_D, given.rotary, num_heads, eps) for given in projections]
+
+    return norm_heads
 
 
 class HeadNorm(nn.Module):
@@ -45,6 +69,8 @@ class Attention(nn.Module):
         super().__init__()
         inner_dim = heads_of.width
         self.num_heads = heads_of.num_heads
+        # Of a tensor as wide as all heads, those of the heads that are computed here.
+        self.channels = slice(0, inner_dim)
         self.norm_eps = hparams.qk_norm_eps
         self.to_q = nn.Linear(query_dim, inner_dim)
         self.to_k = nn.Linear(context_dim, inner_dim)
@@ -57,8 +83,17 @@ class Attention(nn.Module):
         self.in_float8 = False
         self.attend = ops.attention
         self.quantise_rows = ops.quantise_rows
-        self.qk_norm_rope = ops.qk_norm_rope_interleaved if hparams.rotary.interleaved else ops.qk_norm_rope
+        self.norm_heads = one_by_one(ops.qk_norm_rope_interleaved if hparams.rotary.interleaved else ops.qk_norm_rope)
         self.gate_heads = ops.gate_heads
+
+    def share_heads(self, share: Share, norm_heads: NormHeadsFn) -> None:
+        """Compute a share of the heads only, and norm queries and keys by an operation that knows of the others.
+
+        What `to_out` makes of these heads is then a part of a sum.
+        """
+        self.channels = share.of(self.channels.stop)
+        self.num_heads //= share.number
+        self.norm_heads = norm_heads
 
     @property
     def reads_rows(self) -> bool:
@@ -83,25 +118,42 @@ class Attention(nn.Module):
         must be a tensor); both still go through the gate and the output projection.
         """
         if input_only is True:
-            return self._project_out(cast(Tensor, x), x)
+            return self._project_out(cast(Tensor, x)[..., self.channels], x)
         rows = self._rows(x)
         given = rows if context is x else context
         if values_only is True:
             return self._project_out(self.to_v(given), x)
-        k_BHSK, v_BHSK = given if isinstance(given, KeysValues) else self.keys_values(given, key_rotary)
-        q_BHTK = self.qk_norm_rope(self.to_q(rows), self.q_norm.weight, rotary, self.num_heads, self.norm_eps)
+        if isinstance(given, KeysValues):
+            k_BHSK, v_BHSK = given
+            (q_BHTK,) = self._normed(self._queries(rows, rotary))
+        else:
+            given = self._rows(given)
+            q_BHTK, k_BHSK = self._normed(self._queries(rows, rotary), self._keys(given, key_rotary))
+            v_BHSK = self._values(given)
         mixed_BTD = self.attend(q_BHTK, k_BHSK, v_BHSK, bias).transpose(1, 2).flatten(2)
         if values_only is not False:
             mixed_BTD = where_skipped(values_only, v_BHSK.transpose(1, 2).flatten(2), mixed_BTD)
         if input_only is not False:
-            mixed_BTD = where_skipped(input_only, cast(Tensor, x), mixed_BTD)
+            mixed_BTD = where_skipped(input_only, cast(Tensor, x)[..., self.channels], mixed_BTD)
         return self._project_out(mixed_BTD, x)
 
     def keys_values(self, context: Tensor | ScaledRows, rotary: RotaryTable | None = None) -> KeysValues:
         """Of a context (B, S, D)."""
         rows = self._rows(context)
-        k_BHSK = self.qk_norm_rope(self.to_k(rows), self.k_norm.weight, rotary, self.num_heads, self.norm_eps)
-        return KeysValues(k_BHSK, self.to_v(rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+        (k_BHSK,) = self._normed(self._keys(rows, rotary))
+        return KeysValues(k_BHSK, self._values(rows))
+
+    def _normed(self, *projections: Projected) -> list[Tensor]:
+        return self.norm_heads(projections, self.num_heads, self.norm_eps)
+
+    def _queries(self, rows: Tensor | ScaledRows, rotary: RotaryTable | None) -> Projected:
+        return Projected(self.to_q(rows), self.q_norm.weight, rotary)
+
+    def _keys(self, rows: Tensor | ScaledRows, rotary: RotaryTable | None) -> Projected:
+        return Projected(self.to_k(rows), self.k_norm.weight, rotary)
+
+    def _values(self, rows: Tensor | ScaledRows) -> Tensor:
+        return self.to_v(rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _rows(self, x: Tensor | ScaledRows) -> Tensor | ScaledRows:
         """Quantised here, once, what several float8 layers are to read."""

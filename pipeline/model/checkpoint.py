@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.fitting import TensorSpec, differences, listed, scale_of
 from pipeline.model.fp8 import Fp8Linear, use_fp8
 from pipeline.model.hparams import DenoiserHparams, ExchangeTimesteps
+from pipeline.model.share import Region
 
 DENOISER_PREFIX = "model.diffusion_model."
 # The text connectors live under the denoiser's prefix but are parts of the text path.
@@ -120,24 +121,28 @@ class TensorFile:
         """Shape and dtype of every tensor, by its name on disk. Reads no tensor data."""
         return dict(self._specs)
 
-    def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor in memory of its own on `device`; floating tensors become `dtype` unless that is None.
+    def read(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, region: Region = ()
+    ) -> Tensor:
+        """One tensor, or a region of it, in memory of its own on `device`; floating tensors become `dtype` if given.
 
         A float8 weight with a scale is multiplied out in float32, exactly, and then becomes `dtype`, or bfloat16, which
         is what the rest of such a file is stored in. KeyError if there is no such tensor.
         """
         scale = scale_of(name, self._specs)
         if scale is not None:
-            weight = self.read_stored(name, device).float() * self.read_stored(scale, device).float()
+            weight = self.read_stored(name, device, region=region).float() * self.read_stored(scale, device).float()
             return weight.to(torch.bfloat16 if dtype is None else dtype)
-        return self.read_stored(name, device, dtype)
+        return self.read_stored(name, device, dtype, region)
 
-    def read_stored(self, name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    def read_stored(
+        self, name: str, device: torch.device | str, dtype: torch.dtype | None = None, region: Region = ()
+    ) -> Tensor:
         """As `read`, but the bare numbers on disk, whether or not a scale belongs to them."""
         if name not in self._specs:
             raise KeyError(f"{self.path} has no tensor {name}")
         # What safetensors hands out on the CPU is a window on the mapped file: copy, so that the file may change later.
-        tensor = self._file.get_tensor(name)
+        tensor = self._file.get_slice(name)[region] if region else self._file.get_tensor(name)
         target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=target, copy=True)
 
@@ -179,6 +184,19 @@ class CheckpointFile(TensorFile):
         return config
 
 
+class Sharding(Protocol):
+    """How a denoiser is cut that several devices compute together, and what of it belongs on this one."""
+
+    def fit(self, denoiser: AudioVideoDenoiser, ops: OpSet) -> None:
+        """Make a denoiser without values compute its share. Names stay, and shapes are still those of the whole.
+
+        UsageError if a denoiser of these sizes cannot be cut so.
+        """
+
+    def region(self, place: str, shape: Sequence[int]) -> Region:
+        """What of the tensor of this name in code belongs here; `shape` is that of the whole."""
+
+
 def load_denoiser(
     checkpoint: CheckpointFile,
     ops: OpSet,
@@ -187,19 +205,23 @@ def load_denoiser(
     *,
     exchange_timesteps: ExchangeTimesteps = "1.2.0",
     fp8_blocks: Container[int] = (),
+    sharding: Sharding | None = None,
 ) -> AudioVideoDenoiser:
     """The checkpoint's denoiser on `device`, in evaluation mode, without gradients.
 
     `dtype` None keeps each tensor as stored. Blocks in `fp8_blocks` (counted from 0) get float8 linear layers,
-    quantised tensor by tensor on the way in; published float8 weights are taken over as they are. Raises one
-    CheckpointMismatch for metadata of another kind of model, or listing every tensor that is missing, unexpected or of
-    the wrong shape or kind.
+    quantised tensor by tensor on the way in; published float8 weights are taken over as they are. With a `sharding`
+    only this device's share is read, and every device of it must load at the same time. Raises one CheckpointMismatch
+    for metadata of another kind of model, or listing every tensor that is missing, unexpected or of the wrong shape or
+    kind.
     """
     hparams = replace(read_hparams(checkpoint), exchange_timesteps=exchange_timesteps)
     denoiser = build_on_meta(hparams, ops)
     use_fp8(denoiser, fp8_blocks, ops)
+    if sharding is not None:
+        sharding.fit(denoiser, ops)
     names = denoiser_names(denoiser.state_dict(), tensors_to_place(checkpoint.tensor_specs()))
-    fill_module(denoiser, checkpoint, names, device=device, dtype=dtype, what="the denoiser")
+    fill_module(denoiser, checkpoint, names, device=device, dtype=dtype, what="the denoiser", sharding=sharding)
     return denoiser.eval()
 
 
@@ -273,6 +295,7 @@ def fill_module(
     device: torch.device | str,
     dtype: torch.dtype | None,
     what: str,
+    sharding: Sharding | None = None,
 ) -> None:
     """Give `module` (built on the meta device) its tensors, one at a time, straight to `device`.
 
@@ -289,7 +312,12 @@ def fill_module(
         )
         raise CheckpointMismatch(listed(headline, problems))
     for stored, place in names.items():
-        fill_place(module, place, checkpoint, stored, device, dtype)
+        fill_place(module, place, checkpoint, stored, device, dtype, region_of(stored, place, checkpoint, sharding))
+
+
+def region_of(stored: str, place: str, source: TensorFile, sharding: Sharding | None) -> Region:
+    """What of the stored tensor belongs at its place on this device."""
+    return () if sharding is None else sharding.region(place, source.tensor_specs()[stored].shape)
 
 
 def fill_place(
@@ -299,14 +327,16 @@ def fill_place(
     stored: str,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    region: Region = (),
 ) -> None:
     """Give one tensor of `module` its value from the file, as `fill_module` does."""
     owner = module.get_submodule(place.rpartition(".")[0])
     scale = scale_of(stored, source.tensor_specs())
     if isinstance(owner, Fp8Linear) and place.endswith(".weight") and scale is not None:
-        owner.set_scaled_weight(source.read_stored(stored, device), source.read_stored(scale, device))
+        weight = source.read_stored(stored, device, region=region)
+        owner.set_scaled_weight(weight, source.read_stored(scale, device))
     else:
-        set_tensor(module, place, source.read(stored, device, dtype))
+        set_tensor(module, place, source.read(stored, device, dtype, region))
 
 
 def set_tensor(module: nn.Module, place: str, tensor: Tensor) -> None:

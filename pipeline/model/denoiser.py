@@ -20,6 +20,7 @@ from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.lane import INLINE, Lane
 from pipeline.model.modulation import ExchangeModulation, StreamModulation, TimestepModulation
 from pipeline.model.rope import rotary_table
+from pipeline.model.share import WHOLE
 from pipeline.model.state import StreamState, settled
 from pipeline.model.streams import (
     Conditioning,
@@ -72,6 +73,8 @@ class StreamEnds(nn.Module):
         self.stream = stream
         self.hparams = hparams
         self.ops = ops
+        # The heads that the blocks compute.
+        self.share = WHOLE
         self.embed = nn.Linear(stream.in_channels, stream.width)
         self.text_projection = (
             None if hparams.text_channels is None else TextProjection(hparams.text_channels, stream.width, ops)
@@ -94,7 +97,9 @@ class StreamEnds(nn.Module):
             video, audio = self.hparams.video, self.hparams.audio
             seconds = max(video.max_positions[0], audio.max_positions[0])
             time_BA2 = given.positions_BAT2[:, :1]
-            exchange_rotary = rotary_table(time_BA2, (seconds,), audio.num_heads, audio.width, self.hparams.rotary)
+            exchange_rotary = rotary_table(
+                time_BA2, (seconds,), audio.num_heads, audio.width, self.hparams.rotary, self.share
+            )
         stream, text_BSD = self.stream, given.text_BSD.to(dtype)
         if self.text_projection is not None:
             text_BSD = self.text_projection(text_BSD)
@@ -107,7 +112,12 @@ class StreamEnds(nn.Module):
             text_bias=text_bias(given.text_mask_BS, dtype, self.hparams.hidden_text_bias),
             self_bias=attention_bias(given.attention_mask_BTT, dtype),
             rotary=rotary_table(
-                given.positions_BAT2, stream.max_positions, stream.num_heads, stream.width, self.hparams.rotary
+                given.positions_BAT2,
+                stream.max_positions,
+                stream.num_heads,
+                stream.width,
+                self.hparams.rotary,
+                self.share,
             ),
             exchange_rotary=exchange_rotary,
         )

@@ -26,9 +26,11 @@ SIZE_MULTIPLE = 16
 class Fp8Linear(nn.Module):
     """A linear layer whose weight is float8 e4m3 times one scale a row."""
 
+    weight: nn.Parameter
     weight_scale: Tensor | None
+    bias: nn.Parameter | None
 
-    def __init__(self, like: nn.Linear, ops: OpSet) -> None:
+    def __init__(self, like: nn.Linear | Fp8Linear, ops: OpSet) -> None:
         super().__init__()
         self.ops = ops
         weight_ND = torch.empty_like(like.weight, dtype=torch.float8_e4m3fn)
@@ -48,10 +50,14 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor | ScaledRows) -> Tensor:
         """(B, T, D) to (B, T, N)."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor | ScaledRows, bias: Tensor | None) -> Tensor:
+        """As `forward`, with this bias."""
         if self.weight_scale is None:
             raise RuntimeError("the weight of a float8 layer must be set before it is used")
         rows = ScaledRows(*self.ops.quantise_rows(x), x.dtype) if isinstance(x, Tensor) else x
-        return self.ops.fp8_linear(rows, self.weight, self.weight_scale, self.bias)
+        return self.ops.fp8_linear(rows, self.weight, self.weight_scale, bias)
 
 
 def use_fp8(denoiser: AudioVideoDenoiser, blocks: Container[int], ops: OpSet) -> None:

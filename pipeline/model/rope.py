@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.model.hparams import RotaryHparams
+from pipeline.model.share import WHOLE, Share
 
 
 class RotaryTable(NamedTuple):
@@ -27,9 +28,14 @@ class RotaryTable(NamedTuple):
 
 
 def rotary_table(
-    positions_BAT2: Tensor, max_positions: tuple[int, ...], num_heads: int, width: int, rotary: RotaryHparams
+    positions_BAT2: Tensor,
+    max_positions: tuple[int, ...],
+    num_heads: int,
+    width: int,
+    rotary: RotaryHparams,
+    share: Share = WHOLE,
 ) -> RotaryTable:
-    """Table for queries or keys of `width` = num_heads * 2P channels.
+    """Table for a share of the heads of queries or keys of `width` = num_heads * 2P channels.
 
     `positions_BAT2` holds [start, end) of each token along each axis, in the unit of `max_positions`. The frequencies
     run over the whole width, frequency first and axis second, behind a padding that does not rotate; only then are they
@@ -48,7 +54,8 @@ def rotary_table(
     padding = (width // 2 - angle_BTR.shape[-1], 0)
     cos_BTR = functional.pad(angle_BTR.cos(), padding, value=1.0)
     sin_BTR = functional.pad(angle_BTR.sin(), padding, value=0.0)
-    return RotaryTable(_cut_into_heads(cos_BTR, num_heads), _cut_into_heads(sin_BTR, num_heads))
+    heads = share.of(num_heads)
+    return RotaryTable(*(_cut_into_heads(table_BTR, num_heads, heads) for table_BTR in (cos_BTR, sin_BTR)))
 
 
 def _frequencies(number: int, rotary: RotaryHparams) -> Tensor:
@@ -58,5 +65,5 @@ def _frequencies(number: int, rotary: RotaryHparams) -> Tensor:
     return (torch.pow(rotary.theta, exponent_F) * (math.pi / 2)).float()
 
 
-def _cut_into_heads(table_BTR: Tensor, num_heads: int) -> Tensor:
-    return table_BTR.unflatten(-1, (num_heads, -1)).transpose(1, 2).contiguous()
+def _cut_into_heads(table_BTR: Tensor, num_heads: int, heads: slice) -> Tensor:
+    return table_BTR.unflatten(-1, (num_heads, -1))[:, :, heads].transpose(1, 2).contiguous()

@@ -149,6 +149,48 @@ def test_qk_norm_rope_is_its_reference(num_heads, head_dim, name, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["qk_scale_rope", "qk_scale_rope_interleaved"])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 16), (3, 10), (16, 64), (4, 128)])
+def test_scale_and_rotation_by_a_given_norm_are_their_reference(num_heads, head_dim, name, dtype, device):
+    x = tokens((2, 5, num_heads * head_dim), dtype, device)
+    weight = torch.randn(num_heads * head_dim, device=device).to(dtype)
+    inverse = torch.rand(2, 5, 1, device=device)
+    for samples in (1, 2):
+        angle = 100 * torch.randn(samples, num_heads, 5, head_dim // 2, device=device)
+        for rotary in ((angle.cos(), angle.sin()), None):
+            got = kernel("qk_norm_rope", name)(x, inverse, weight, rotary, num_heads)
+            expected = getattr(reference, name)(x, inverse, weight, rotary, num_heads)
+            assert relative_error(got, expected) <= BOUND[dtype]
+            assert got.transpose(1, 2).is_contiguous(), "heads must lie side by side"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_in_two_halves_is_the_norm_in_one(shape, dtype, device):
+    x, weight = tokens(shape, dtype, device), torch.randn(shape[-1], device=device).to(dtype)
+    total = kernel("qk_norm_rope", "sum_of_squares")(x)
+    assert relative_error(total, reference.sum_of_squares(x)) <= 1e-6
+    inverse = torch.rsqrt(total / shape[-1] + EPS)
+    got = kernel("qk_norm_rope", "qk_scale_rope")(x, inverse, weight, None, 2)
+    assert relative_error(got, kernel("qk_norm_rope", "qk_norm_rope")(x, weight, None, 2, EPS)) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_halves_of_rows_scaled_to_the_peak_of_both_are_the_rows_in_one(shape, dtype, device):
+    x = tokens(shape, dtype, device)
+    x[0, 0] = 0
+    peaks, scaled_to = kernel("quantise_rows", "row_peaks"), kernel("quantise_rows", "quantise_rows_to")
+    halves = [half.contiguous() for half in x.chunk(2, dim=-1)]
+    assert all(torch.equal(peaks(half), reference.row_peaks(half)) for half in halves)
+    joint = torch.maximum(*map(peaks, halves))
+    whole_values, whole_scale = kernel("quantise_rows", "quantise_rows")(x)
+    values, scales = zip(*(scaled_to(half, joint) for half in halves), strict=True)
+    assert all(torch.equal(scale, whole_scale) for scale in scales)
+    assert torch.equal(torch.cat(values, dim=-1).view(torch.uint8), whole_values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 16384)], ids=str)
 def test_quantised_rows_are_their_reference(shape, dtype, device):
     x = tokens(shape, dtype, device)
@@ -175,6 +217,7 @@ def test_what_does_not_lie_row_after_row_is_refused(device):
         ("modulated_rms_norm", "modulated_rms_norm", (row, row, None, EPS)),
         ("gated_residual_norm", "gated_residual", (x, row, None)),
         ("qk_norm_rope", "qk_norm_rope", (row[0, 0], None, 2, EPS)),
+        ("qk_norm_rope", "sum_of_squares", ()),
         ("quantise_rows", "gelu_quantised", ()),
     ):
         with pytest.raises(ValueError, match=refusal):

@@ -160,9 +160,9 @@ def test_no_weight_outlives_its_quantisation(fixtures):
     weights, alive = [], []
 
     class Watched(CheckpointFile):
-        def read(self, name, device="cpu", dtype=None):
+        def read(self, name, *how):
             alive.append(sum(weight() is not None for weight in weights))
-            tensor = super().read(name, device, dtype)
+            tensor = super().read(name, *how)
             if ".transformer_blocks." in name and name.endswith(".weight") and tensor.ndim == 2:
                 weights.append(weakref.ref(tensor))
             return tensor
