@@ -26,9 +26,7 @@ def alone(vote: int) -> int:
 class Accord:
     """The votes of one rank about one item. `enter` begins a stage, `beat` ends a step; both raise to give up."""
 
-    def __init__(
-        self, consent: Consent, enter: Callable[[str], None], beat: Callable[[str, int, int], None]
-    ) -> None:
+    def __init__(self, consent: Consent, enter: Callable[[str], None], beat: Callable[[str, int, int], None]) -> None:
         self._consent = consent
         self._enter = enter
         self._beat = beat

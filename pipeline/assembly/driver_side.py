@@ -171,12 +171,10 @@ def _lasting_objects() -> Iterator[None]:
 
 
 def _build_worker(brief: WorkerBrief, meter: Meter, member: Member) -> Worker:
-    if member.num_ranks > 1:
-        raise UsageError(f"parallel.num_gpus must be 1, got {member.num_ranks}: the renderer is for one device a clip")
     # Imported where it is called: this is what loads torch, and only a worker needs it.
     from pipeline.assembly.worker_side import build_worker
 
-    return build_worker(brief, meter)
+    return build_worker(brief, meter, member)
 
 
 @dataclass

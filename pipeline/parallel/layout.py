@@ -43,10 +43,10 @@ class SequenceAxes:
 class RankGroups:
     """What one rank knows of the others.
 
-    `tokens` are all ranks with a part of the tokens, `sequence` the same by axis. `audio` are the same ranks again, in
-    groups of their own: on CUDA the audio stream's work is queued beside the video's, and of one communicator all
-    collectives come one after the other, in the order in which they were queued. Those of the video would wait for
-    audio that is not computed yet.
+    `tokens` are all ranks with a part of the tokens, `sequence` the same by axis. `audio` and `audio_tensor` are the
+    same ranks again, in groups of their own: on CUDA the audio stream's work is queued beside the video's, and of one
+    communicator all collectives come one after the other, in the order in which they were queued. Those of the video
+    would wait for audio that is not computed yet.
     """
 
     layout: ParallelLayout
@@ -55,6 +55,7 @@ class RankGroups:
     sequence: SequenceAxes
     audio: SequenceAxes
     tensor: Axis
+    audio_tensor: Axis
     guidance: Axis
 
     @property
@@ -88,6 +89,7 @@ def form_groups(layout: ParallelLayout) -> RankGroups:
         sequence=SequenceAxes(_axis(layout, rank, "ring"), _axis(layout, rank, "ulysses")),
         audio=SequenceAxes(_axis(layout, rank, "ring"), _axis(layout, rank, "ulysses")),
         tensor=_axis(layout, rank, "tensor"),
+        audio_tensor=_axis(layout, rank, "tensor"),
         guidance=_axis(layout, rank, "guidance"),
     )
 
