@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.errors": set(),
     "pipeline.geometry": set(),
     "pipeline.telemetry": set(),
-    "pipeline.config": {"pipeline.errors"},
+    # What a layout is and must divide is a record: settings, plans and results mean the same by its name.
+    "pipeline.config": {"pipeline.errors", "pipeline.records.parallel"},
     "pipeline.records": {"pipeline.errors", "pipeline.geometry"},
     "pipeline.model": {"kernels.ops", "kernels.rows", "pipeline.geometry", "pipeline.errors"},
     "pipeline.media": {"pipeline.errors", "pipeline.geometry"},
@@ -256,8 +257,11 @@ def test_every_yaml_composes_and_says_its_own_name() -> None:
     script = (
         "import json, sys\n"
         "from jobs.entry import RenderJob, compose_job\n"
+        # Layouts need room: processes for their GPUs, heads and predictions to divide.
+        "room = ['cluster=local', 'model=ltx2_19b_dev', 'recipe=full_two_stage']\n"
         "for group, member in json.load(sys.stdin):\n"
-        "    job = compose_job(RenderJob, 'render', [f'{group}={member}'])\n"
+        "    beside = room if group == 'parallel' else []\n"
+        "    job = compose_job(RenderJob, 'render', [f'{group}={member}', *beside])\n"
         "    assert getattr(job, group).name == member, (group, member)\n"
     )
     members = _members()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline.config.jobs import RenderJob
 from pipeline.config.recipe import RecipeConfig
 from pipeline.records.outcome import RunFacts
+from pipeline.records.parallel import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class WorkerBrief:
     recipes: Mapping[str, RecipeConfig]
     facts: RunFacts
     device: str
-    # Bytes of device memory that each phase needs beside weights, for each kind of clip to come, the largest first.
-    demands: tuple[Mapping[str, int], ...]
+    # Bytes of a GPU that each phase needs beside weights: for each layout that clips may get, for each kind of clip, the
+    # largest first.
+    demands: Mapping[ParallelLayout, tuple[Mapping[str, int], ...]]
     # If the output's store can tell two writers of one name apart, as the driver found; else the driver alone commits.
     is_exclusive: bool = True

@@ -23,37 +23,39 @@ from typing import Any
 
 from pipeline.assembly.brief import WorkerBrief
 from pipeline.assembly.closing import charge, count_statuses, exit_code, rejected_rows, results_rows, totals
+from pipeline.assembly.model_facts import model_facts
 from pipeline.cluster.driver import Driver
 from pipeline.cluster.ending import Ending, StopRequest
+from pipeline.cluster.gpu_memory import smallest_gpu_bytes
 from pipeline.cluster.local_pool import LocalPool
 from pipeline.cluster.pool import Pool, Worker
 from pipeline.cluster.progress import Counts, Progress, say
 from pipeline.config.cluster import Price
 from pipeline.config.jobs import RenderJob
-from pipeline.config.model import ModelConfig
-from pipeline.config.recipe import RecipeConfig, Recipes, misfit
+from pipeline.config.parallel import USUAL_GPUS_PER_NODE, guidance_misfit
+from pipeline.config.recipe import RecipeConfig, Recipes
 from pipeline.config.tree import to_plain
 from pipeline.cost.allocation import allocate
 from pipeline.cost.meter import Meter, utc_clock
 from pipeline.cost.pricing import UnitPrice, stale_price_warning, unit_price
 from pipeline.errors import Interrupted, PipelineError, UsageError
 from pipeline.planning.estimate import Estimator
-from pipeline.planning.memory import demands
+from pipeline.planning.memory import bytes_of_a_number, demands
+from pipeline.planning.offers import Menu, layouts_up_to
 from pipeline.planning.pace import Pace
 from pipeline.planning.plan import Plan, Planner, Selection, resolved
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.planning.reach import refuse_scattered_output
+from pipeline.planning.spread import Machine
 from pipeline.records.gang import Member
 from pipeline.records.outcome import NS_PER_S, Rendered, RunFacts, WorkerSeat, adopting, timestamp
-from pipeline.records.request import RequestLimits
-from pipeline.records.wishes import ModelRules
+from pipeline.records.parallel import ParallelLayout
+from pipeline.records.request import RenderRequest, RequestLimits
 from pipeline.report.rebuild import rebuild
-from pipeline.storage.adapters import AdapterShelf
 from pipeline.storage.assets import AssetStore, RunningIndex
-from pipeline.storage.filesystem import is_local, join, size_of
 from pipeline.storage.manifest import Manifest, open_manifest
-from pipeline.storage.models import NOT_STAGED, staged_hashes
+from pipeline.storage.models import NOT_STAGED
 from pipeline.storage.patience import Patience
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
 from pipeline.storage.store import open_store
@@ -78,7 +80,13 @@ def worker_tflops(job: RenderJob, device: str) -> float:
 
 
 def planner(job: RenderJob, recipes: Recipes, fingerprint: str) -> Planner:
-    device = worker_device(job)
+    device, size = worker_device(job), job.model.size
+    facts = model_facts(job.model, is_staged=fingerprint != NOT_STAGED)
+
+    def misfit_of(recipe: RecipeConfig) -> str:
+        misfit: str = facts["misfit"](recipe)
+        return misfit or guidance_misfit(job.parallel.layout, recipe, has_audio=size.has_audio)
+
     return Planner(
         recipes=recipes.usable,
         unusable=recipes.unusable,
@@ -87,55 +95,25 @@ def planner(job: RenderJob, recipes: Recipes, fingerprint: str) -> Planner:
         model=job.model,
         fingerprint=fingerprint,
         limits=RequestLimits(job.limits.max_side_px, job.limits.max_duration_s),
-        estimator=Estimator(job.model.size, worker_tflops(job, device), unit_price(worker_price(job, device))),
-        **_model_facts(job.model, is_staged=fingerprint != NOT_STAGED),
+        estimator=Estimator(
+            size,
+            Machine(worker_tflops(job, device), job.cluster.assumed_link_gb_per_s, bytes_of_a_number(job.precision)),
+            unit_price(worker_price(job, device)),
+        ),
+        menu=_menu(job, device),
+        **{**facts, "misfit": misfit_of},
     )
 
 
-def _model_facts(model: ModelConfig, *, is_staged: bool) -> dict[str, Any]:
-    """What the planner is told of the model. Of one that is not staged here no file can be looked at."""
-    folder = model.folder.rstrip("/")
-    staged = staged_hashes(model.folder, model.name) if is_staged else {}
-    shelf = AdapterShelf(join(folder, model.checkpoint), staged)
-    extras = {join(folder, file): name for name, file in model.extras().items()}
-
-    def require_staged(uri: str) -> None:
-        way_out = f"run: python -m jobs.stage_weights model={model.name} extras=[{extras[uri]}] model.folder={folder}"
-        if uri not in staged:
-            raise UsageError(f"{extras[uri]} is not staged; {way_out}")
-
-    def sha256(uri: str) -> str:
-        if not is_staged and (uri in extras or uri.startswith(f"{folder}/")):
-            return f"{NOT_STAGED}: {uri}"
-        try:
-            # Asked for every row: the shelf looks at each file once, so what lies beyond it waits for a failure.
-            return shelf.sha256(uri)
-        except PipelineError:
-            if uri in extras and size_of(uri) is None:
-                require_staged(uri)
-            raise
-
-    def adapters_of(recipe: RecipeConfig) -> dict[str, str]:
-        names = sorted({stage.adapter for stage in recipe.stages} - {""})
-        uris = {name: join(folder, model.adapters[name]) for name in names}
-        for uri in uris.values():
-            # A row's adapter is fetched by its URI, a recipe's comes with the model: of a bucket, what was staged.
-            if is_staged and not is_local(uri):
-                require_staged(uri)
-        return {name: sha256(uri) for name, uri in uris.items()}
-
-    def misfit_of(recipe: RecipeConfig) -> str:
-        reason = misfit(recipe, model)
-        try:
-            if not reason:
-                adapters_of(recipe)
-        except UsageError as error:
-            reason = f"its adapter cannot be used: {error}"
-        return reason
-
-    cameras = {move: join(folder, file) for move, file in model.cameras.items()}
-    rules = ModelRules(cameras, model.can_enhance, model.size.has_audio, sha256)
-    return {"rules": rules, "misfit": misfit_of, "adapters_of": adapters_of}
+def _menu(job: RenderJob, device: str) -> Menu:
+    """The layouts that clips may get. How large the nodes of a cluster are is known for certain once Ray is up."""
+    cluster = job.cluster
+    if not job.parallel.auto or cluster.pool == "in_process":
+        return Menu((job.parallel.layout,))
+    most = min(cluster.gpus_per_node or USUAL_GPUS_PER_NODE, cluster.num_workers or USUAL_GPUS_PER_NODE)
+    card_gb = cluster.gpu_memory_limit_gb or cluster.gpu_memory_gb
+    card_bytes = card_gb * 1e9 if card_gb is not None else smallest_gpu_bytes() if device == "cuda" else None
+    return Menu(layouts_up_to(most, job.model.size), card_bytes)
 
 
 def make_plan(job: RenderJob, recipes: Recipes, fingerprint: str) -> tuple[Manifest, Plan]:
@@ -199,9 +177,7 @@ class Run:
         self._patience = Patience(self.job.storage.patience_s, self._pause)
         at = timestamp(self._started_ns).strftime("%Y%m%dT%H%M%S")
         self.run_id = self.job.run_id or f"{at}-{secrets.token_hex(3)}"
-        self.facts = RunFacts(
-            self.run_id, self.job.model.name, self.fingerprint, self.job.precision.name, self.job.parallel.name
-        )
+        self.facts = RunFacts(self.run_id, self.job.model.name, self.fingerprint, self.job.precision.name)
 
     def execute(self) -> int:
         """Drive the plan to its end and close the books; returns the exit code (README, "The contract")."""
@@ -266,16 +242,13 @@ class Run:
         return adopting(rendered, self._assets.commit(rendered.item.key, rendered.record), self.run_id)
 
     def _pool(self) -> Pool:
-        # One request of each form: what a clip takes does not depend on its prompt.
-        requests = {item.request.form: item.request for item in self.plan.to_render}.values()
-        clips = [(request, resolved(self.recipes, request)) for request in requests]
-        element_bytes = 4 if self.job.precision.dtype == "float32" else 2
-        kinds = demands(clips, self.job.model.size, element_bytes=element_bytes)
+        kinds = self._demands()
         brief = WorkerBrief(self.job, self.recipes, self.facts, self._device, kinds, self.store.is_exclusive)
         factory = partial(self.build_worker, brief)
         cluster = self.job.cluster
         if cluster.pool == "in_process":
             return LocalPool(factory, self._acquire, hang_after_s=cluster.hang_after_s)
+        num_workers, gpus_of_each = cluster.num_workers, self.job.parallel.layout.num_gpus
         # Imported where it is called: Ray loads only when it is asked for.
         from pipeline.cluster.ray_pool import RayPool
         from pipeline.cluster.worker_plan import WorkerPlan
@@ -285,15 +258,28 @@ class Run:
             device=self._device,
             price=self._price,
             threads=self.job.precision.torch_threads,
-            num_ranks=self.job.parallel.num_gpus,
-            num_workers=cluster.num_workers,
+            max_ranks=None if num_workers is None else num_workers * gpus_of_each,
             start_timeout_s=cluster.start_timeout_s,
             load_timeout_s=cluster.load_timeout_s,
+            assumed_load_s=cluster.assumed_load_s,
             hang_after_s=cluster.hang_after_s,
             refuse_nodes=partial(refuse_scattered_output, self.job),
             log_level=self.job.log_level,
         )
         return RayPool(factory, plan, self._now_ns)
+
+    def _demands(self) -> dict[ParallelLayout, tuple[dict[str, int], ...]]:
+        """What clips take of a GPU, for each layout that one may get."""
+        # One item of each form: what a clip takes does not depend on its prompt.
+        items = {item.request.form: item for item in self.plan.to_render}.values()
+        clips: dict[ParallelLayout, list[tuple[RenderRequest, RecipeConfig]]] = {}
+        for item in items:
+            for layout in {item.layout, *(offer.layout for offer in item.offers)}:
+                clips.setdefault(layout, []).append((item.request, resolved(self.recipes, item.request)))
+        size, element_bytes = self.job.model.size, bytes_of_a_number(self.job.precision)
+        return {
+            layout: demands(each, size, element_bytes=element_bytes, layout=layout) for layout, each in clips.items()
+        }
 
     def _acquire(self) -> Meter:
         seat = WorkerSeat(

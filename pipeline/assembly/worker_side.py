@@ -24,6 +24,7 @@ from pipeline.parallel.sequence import SequenceParallelDenoiser
 from pipeline.parallel.start import join
 from pipeline.parallel.tensor import TensorParallel
 from pipeline.records.gang import ALONE, Member
+from pipeline.records.parallel import ParallelLayout
 from pipeline.rendering import FollowingWorker, Renderer
 from pipeline.storage.models import local_copy
 from pipeline.storage.store import open_store
@@ -41,7 +42,7 @@ def build_worker(brief: WorkerBrief, meter: Meter, member: Member = ALONE) -> Cl
         _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
     is_gang = member.num_ranks > 1
     groups = join(member, member.layout, device, job.cluster.load_timeout_s) if is_gang else None
-    engine = _load(brief, groups)
+    engine = _load(brief, member.layout, groups)
     consent = alone if groups is None else GangConsent()
     renderer = Renderer(engine, brief.recipes, Path(job.model.cache), consent)
     if not member.is_leader:
@@ -62,11 +63,12 @@ def build_worker(brief: WorkerBrief, meter: Meter, member: Member = ALONE) -> Cl
     )
 
 
-def _load(brief: WorkerBrief, groups: RankGroups | None) -> RenderEngine:
+def _load(brief: WorkerBrief, layout: ParallelLayout, groups: RankGroups | None) -> RenderEngine:
     """The engine of one device, or of one of several: tensors are split first, then tokens, then predictions."""
     job, device = brief.job, brief.device
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
-    budget = MemoryBudget(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb), brief.demands) if device == "cuda" else None
+    limit_gb = job.cluster.gpu_memory_limit_gb
+    budget = MemoryBudget(_free_gpu_bytes(limit_gb), brief.demands[layout]) if device == "cuda" else None
     ops = (fused_ops if job.precision.kernels == "fused" else device_ops)(device)
     sharding = None
     if groups is not None and groups.tensor.group is not None and groups.audio_tensor.group is not None:

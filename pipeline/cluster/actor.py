@@ -116,7 +116,7 @@ class WorkerProcess:
         event = pool.next_event(timeout_s)
         # Before the other events: an item's outcome is told no later than that its worker is free.
         num_taken = self._num_taken
-        is_free, is_ready = pool.num_free() > 0, self._is_ready
+        is_free, is_ready = pool.is_free, self._is_ready
         outcomes: list[Outcome] = []
         error: BaseException | None = None
         while event is not None:

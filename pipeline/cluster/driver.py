@@ -6,11 +6,12 @@ Every decision is a pure function elsewhere (`planning.queue`, `planning.policy`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
 from pipeline.cluster.books import Books, RunLog
+from pipeline.cluster.dispatch import Dispatch
 from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.pool import Finished, Freed, Held, Noted, Pool, PoolEvent, WorkerBroken, WorkerGone
 from pipeline.cluster.progress import Counts, Progress
@@ -74,6 +75,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         self._books = Books(self.pool, self.log, self.ending, self.counts, self.now_ns, self.flush_every_s)
+        self._dispatch = Dispatch(self.queue, self.pool, self.pace, self.admission.deadline_ns)
 
     def drive(self) -> Ending:
         """The whole run. Afterwards every worker is released and the ledger is closed.
@@ -85,12 +87,13 @@ class Driver:
             while not self.queue.is_empty and self.ending.stopped_by is None:
                 if self._must_stop():
                     break
-                if not started and self._admit(start_only=True):
+                if not started and self._has_work():
                     self._want_workers()
                     self.pool.start()
                     started = True
                     self._books.flush()
-                self._admit()
+                if started:
+                    self._admit()
                 if self.ending.limit_reached is not None and not self.queue.num_in_flight:
                     break
                 self._race_stragglers()
@@ -122,41 +125,44 @@ class Driver:
         self.ending.stopped_by = Interrupted(self.stop.reason)
         return True
 
-    def _admit(self, *, start_only: bool = False) -> bool:
-        """Hand out work while a worker is free and the limits allow it; says if there was something to start."""
-        while self._may_start and self.pool.num_free() > 0:
-            item = self.queue.peek()
-            if item is None:
-                return False
-            refusal = self._refusal(item)
-            if refusal is not None:
-                self.ending.limit_reached = refusal
-                self.log.log("limit_reached", self.now_ns(), reason=refusal)
-                self.pool.drain()
-                return False
-            if start_only:
-                return True
-            handed_out = self.queue.hand_out()
-            assert handed_out is not None, "peeked at"
+    def _has_work(self) -> bool:
+        """If the limits let anything start."""
+        item = self.queue.peek()
+        return item is not None and self._may_start and self._is_within_limits(item)
+
+    def _is_within_limits(self, item: WorkItem) -> bool:
+        refusal = self._refusal(item)
+        if refusal is not None:
+            self.ending.limit_reached = refusal
+            self.log.log("limit_reached", self.now_ns(), reason=refusal)
+            self.pool.drain()
+        return refusal is None
+
+    def _admit(self) -> None:
+        """Hand out work while a worker is free for it and the limits allow it."""
+        while self._may_start and (chosen := self._dispatch.next(self.now_ns())) is not None:
+            if not self._is_within_limits(replace(chosen.item, estimate=chosen.offer.estimate)):
+                return
+            handed_out = self.queue.hand_out(chosen)
+            assert handed_out is not None, "it waits"
             # The leader of a gang that lost another rank lives on for a moment, in which it may commit.
             if handed_out.attempt > 1 and self._settle_if_committed(handed_out):
                 self.ending.wasted.pop((handed_out.request.id, handed_out.attempt), None)  # it never began
             else:
                 self._submit(handed_out)
-        return False
 
     def _submit(self, item: WorkItem, **facts: Any) -> None:
         now_ns = self.now_ns()
         self.pace.start(item, now_ns)
-        rung = {} if item.memory_rung == "planned" else {"memory_rung": item.memory_rung}
-        self.log.log("attempt_started", now_ns, id=item.request.id, key=item.key, attempt=item.attempt, **rung, **facts)
+        if item.memory_rung != "planned":
+            facts["memory_rung"] = item.memory_rung
+        if item.offers:
+            facts |= {"parallel": item.layout.name, "parallel_reason": item.layout_reason}
+        self.log.log("attempt_started", now_ns, id=item.request.id, key=item.key, attempt=item.attempt, **facts)
         self.pool.submit(item, self.queue.upcoming(NUM_UPCOMING))
 
     def _want_workers(self) -> None:
-        """As many workers as have, or could have, something to do; at the tail some are kept to race stragglers."""
-        num_waiting = self.queue.num_waiting if self._may_start else 0
-        at_tail = self._may_start and num_waiting == 0
-        self.pool.want(num_waiting + self.queue.num_open, max(1, self.queue.num_open // 20) if at_tail else 0)
+        self._dispatch.want(self.now_ns(), may_start=self._may_start)
 
     @property
     def _may_start(self) -> bool:
@@ -169,7 +175,7 @@ class Driver:
             spent_usd=self.counts.spent_usd,
             in_flight_usd=self.queue.open_usd * ratio,
             next_usd=item.estimate.cost_usd * ratio,
-            next_s=item.estimate.gpu_seconds * ratio,
+            next_s=item.estimate.clip_s * ratio,
             now_ns=self.now_ns(),
         )
 
@@ -181,7 +187,7 @@ class Driver:
         self._stragglers_at_ns = now_ns + round(STRAGGLERS_EVERY_S * NS_PER_S)
         for item in self.queue.in_flight:
             is_raced = bool(self.queue.rivals(item)) or not self.pace.is_late(item, now_ns)
-            if not is_raced and self.pool.num_free() and self._refusal(item) is None:
+            if not is_raced and self.pool.num_free(item.layout) and self._refusal(item) is None:
                 self._submit(self.queue.speculate(item), beside=item.attempt)
 
     def _apply(self, event: PoolEvent | None) -> None:

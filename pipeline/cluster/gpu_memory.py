@@ -28,6 +28,12 @@ def memory_in_use(gpus: tuple[str, ...]) -> tuple[GpuUse, ...]:
     return tuple(GpuUse(uuid, int(mebibytes) * 2**20) for uuid, mebibytes in lines)
 
 
+def smallest_gpu_bytes() -> int | None:
+    """What each GPU of this machine holds at least; None where there is no nvidia-smi, or it does not answer."""
+    sizes = [int(mebibytes) * 2**20 for (mebibytes,) in _ask("--query-gpu=memory.total")]
+    return min(sizes, default=None)
+
+
 def still_held(before: tuple[GpuUse, ...]) -> tuple[GpuUse, ...]:
     """Of the GPUs in `before` those that have more in use than then."""
     if not before:

@@ -18,6 +18,7 @@ from pipeline.cluster.rank_ledger import RankLedger
 from pipeline.cluster.rank_report import Hello
 from pipeline.cluster.worker_group import NUM_PINGS, Rank, WorkerGroup
 from pipeline.cluster.worker_plan import WorkerPlan
+from pipeline.records.parallel import ParallelLayout
 
 
 class Ask(Protocol):
@@ -39,13 +40,14 @@ class GroupStart:
     on_seat: Callable[[RankLedger], None]
     on_begun: Callable[[WorkerGroup, Rank], None]
 
-    def start(self, number: int) -> WorkerGroup:
-        """Ask the cluster for the `number`-th worker. Its actors queue until it has a place."""
+    def start(self, number: int, layout: ParallelLayout, first_rank: int) -> WorkerGroup:
+        """Ask the cluster for the `number`-th worker, whose ranks are counted from `first_rank` over all workers. Its
+        actors queue until it has a place."""
         plan = self.plan
-        place = placement.ask_for_place(plan)
+        place = placement.ask_for_place(plan, layout.num_gpus)
         on_gpu = plan.device == "cuda"
         ranks = []
-        for index in range(plan.num_ranks):
+        for index in range(layout.num_gpus):
             actor = rank_actor(
                 num_cpus=0 if on_gpu else plan.amount,
                 num_gpus=plan.amount if on_gpu else 0,
@@ -53,10 +55,10 @@ class GroupStart:
                 folder=str(Path.cwd()),
                 place=placement.seat_in(place, index),
             )
-            ranks.append(Rank(index, f"{plan.device}-{number * plan.num_ranks + index}", actor))
-        group = WorkerGroup(f"group-{number}", ranks, place, plan, time.monotonic())
+            ranks.append(Rank(index, f"{plan.device}-{first_rank + index}", actor))
+        group = WorkerGroup(f"group-{number}", layout, ranks, place, plan, time.monotonic())
         for rank in ranks:
-            leads = rank.index == 0 and plan.num_ranks > 1
+            leads = rank.index == 0 and len(ranks) > 1
             self.ask(group, rank, rank.actor.hello.remote(leads), self._greet)
         return group
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.cluster.assignment import Assignment
@@ -16,8 +16,10 @@ from pipeline.cluster.pool import Finished, Freed, PoolEvent, Worker, WorkerBrok
 from pipeline.cost.meter import Meter
 from pipeline.errors import Hang, WorkerLost
 from pipeline.planning.policy import silence_limit_s
+from pipeline.planning.timetable import Fleet
 from pipeline.records.gang import ALONE, Member
 from pipeline.records.outcome import LedgerEntry, Outcome, WorkerSeat
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 from pipeline.telemetry import log_about
 
@@ -58,11 +60,20 @@ class LocalPool:
         self._meter = self._acquire()
         self._thread.start()
 
-    def want(self, num_workers: int, num_spare: int = 0) -> None:
+    def want(self, workers: Mapping[ParallelLayout, int], num_spare: int = 0) -> None:
         """The one worker lives as long as its pool."""
 
-    def num_free(self) -> int:
-        return 1 if self._is_free else 0
+    def fleet(self) -> Fleet:
+        layout = self._member.layout
+        return Fleet(layout.num_gpus, layout.num_gpus, held={layout: 1})
+
+    @property
+    def is_free(self) -> bool:
+        """If the worker can take an item."""
+        return self._is_free
+
+    def num_free(self, layout: ParallelLayout) -> int:
+        return 1 if self._is_free and layout == self._member.layout else 0
 
     def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
         assignment = Assignment(item, lambda outcome: self._end(assignment, outcome), tuple(upcoming))

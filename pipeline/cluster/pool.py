@@ -1,6 +1,6 @@
 """What the driver needs of workers, wherever they run: a Pool, and the events it reports.
 
-A worker holds one model; it is one process or a gang of them, one a GPU. A pool is handed a factory for workers and
+A worker holds one model, in a layout; it is one process or a gang of them, one a GPU. A pool is handed a factory for workers and
 calls it where a worker shall live; it never imports the engine.
 """
 
@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from pipeline.cluster.assignment import Assignment
 from pipeline.cost.meter import Meter
 from pipeline.errors import WorkerLost
+from pipeline.planning.timetable import Fleet
 from pipeline.records.gang import Member
 from pipeline.records.outcome import LedgerEntry, Outcome, WorkerSeat
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 
 
@@ -88,17 +90,23 @@ class Pool(Protocol):
 
     def start(self) -> None: ...
 
-    def want(self, num_workers: int, num_spare: int = 0) -> None:
-        """How many workers the queue can use from now on. Missing ones are started, up to the pool's own bound; of
-        those beyond, `num_spare` are kept and others that hold nothing are given back."""
+    def want(self, workers: Mapping[ParallelLayout, int], num_spare: int = 0) -> None:
+        """How many workers of each layout the queue can use from now on. Missing ones are started where there is room;
+        where they lack GPUs, idle ones that are in nobody's wish are given back for them at once. Of others beyond the
+        wish, `num_spare` are kept, and those that have been idle for long are given back."""
         ...
 
-    def num_free(self) -> int:
-        """How many items can be submitted now; before `start` at least 1."""
+    def fleet(self) -> Fleet:
+        """The GPUs there are, and the workers on them; no GPUs while that is not known."""
+        ...
+
+    def num_free(self, layout: ParallelLayout) -> int:
+        """How many items of `layout` can be submitted now."""
         ...
 
     def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
-        """Give `item` to a free worker. `upcoming` may come next, to this worker or another: a hint to prefetch."""
+        """Give `item` to a free worker of its layout. `upcoming` may come next, to this worker or another: a hint to
+        prefetch."""
         ...
 
     def cancel(self, item: WorkItem) -> None:

@@ -1,4 +1,5 @@
-"""The Pool on Ray: gangs of actors, started as the queue needs them, ended as a whole when one rank is lost.
+"""The Pool on Ray: gangs of actors of several sizes, started as the queue needs them, ended as a whole when one rank is
+lost.
 
 The driver's thread never waits for an actor: answers, ended teardowns and draining nodes all come through one inbox.
 """
@@ -25,11 +26,14 @@ from pipeline.cluster.rank_report import Report
 from pipeline.cluster.ray_session import RaySession
 from pipeline.cluster.restarts import Restarts
 from pipeline.cluster.room import Room
+from pipeline.cluster.staffing import Staffing
 from pipeline.cluster.teardown import Teardown, TornDown
 from pipeline.cluster.worker_group import POLL_S, Loss, Rank, WorkerGroup
 from pipeline.cluster.worker_plan import WorkerPlan
 from pipeline.errors import Cancelled, PipelineError, Preempted, WorkerLost
+from pipeline.planning.timetable import Fleet
 from pipeline.records.outcome import Failed, LedgerEntry, WorkerSeat
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 
 log = logging.getLogger(__name__)
@@ -58,7 +62,6 @@ class RayPool:
         self._session = RaySession(plan.start_timeout_s)
         self._is_up = self._is_started = self._is_over = self._is_draining = False
         self._groups: dict[str, WorkerGroup] = {}
-        self._free: dict[str, WorkerGroup] = {}
         # Ended or being ended; each holds its place until it is torn down.
         self._leaving: dict[str, WorkerGroup] = {}
         self._events: deque[PoolEvent] = deque()
@@ -67,26 +70,26 @@ class RayPool:
         self._watch = NodeWatch(lambda draining: self._inbox.put(partial(self._note_drains, draining)))
         self._draining: dict[str, int] = {}
         self._room, self._restarts = Room(plan), Restarts()
-        self._num_asked = self._num_wanted = self._num_spare = 0
+        self._staffing = Staffing(plan)
         self._check_at_s = 0.0
 
     def start(self) -> None:
         self._is_started = True
         self._session.open()
 
-    def want(self, num_workers: int, num_spare: int = 0) -> None:
-        if num_workers > self._num_wanted:
+    def want(self, workers: Mapping[ParallelLayout, int], num_spare: int = 0) -> None:
+        if self._staffing.want(workers, num_spare):
             self._check_at_s = 0.0
-        self._num_wanted, self._num_spare = num_workers, num_spare
 
-    def num_free(self) -> int:
-        return len(self._free) if self._is_started else 1
+    def fleet(self) -> Fleet:
+        nodes = self._room.nodes(self._draining, time.monotonic()) if self._is_up else {}
+        return self._staffing.fleet(self._groups.values(), nodes)
+
+    def num_free(self, layout: ParallelLayout) -> int:
+        return self._staffing.num_free(layout)
 
     def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
-        """To the worker that has been free for longest; an item that is to be alone, to one that holds nothing else."""
-        fit = (group for group in self._free.values() if group.holds_nothing or not item.alone)
-        group = next(fit, None) or next(iter(self._free.values()))
-        del self._free[group.group_id]
+        group = self._staffing.take_free(item)
         if group.take(item, self._now_ns()):
             self._send(group, item, tuple(upcoming))
 
@@ -182,23 +185,18 @@ class RayPool:
     def _balance(self) -> None:
         """Start missing workers, give back surplus ones.
 
-        An idle worker is kept for as long as its start took: then neither keeping it nor starting another for work
-        that comes later costs more than twice what a prophet would pay.
+        An idle worker is kept for as long as its start took, unless its GPUs are needed for others: then neither keeping
+        it nor starting another for work that comes later costs more than twice what a prophet would pay.
         """
-        now_s = time.monotonic()
-        most = self._room.most(self._draining, now_s)
-        staying = [group for group in self._groups.values() if not group.is_draining]
-        num_ending = sum(1 for group in self._leaving.values() if not group.is_draining)
-        target = min(self._num_wanted, most)
-        num_missing = min(target - len(staying), most - len(staying) - num_ending)
-        for _ in range(min(num_missing, MAX_ASKED_AT_ONCE) if self._restarts.may_start(now_s) else 0):
-            group = self._starter.start(self._num_asked)
-            self._num_asked += 1
+        now_s, staffing = time.monotonic(), self._staffing
+        nodes = self._room.nodes(self._draining, now_s)
+        moves = staffing.moves(self._groups.values(), self._leaving.values(), nodes, now_s)
+        for layout in moves.start[:MAX_ASKED_AT_ONCE] if self._restarts.may_start(now_s) else ():
+            group = self._starter.start(staffing.num_asked, layout, staffing.num_ranks_asked)
+            staffing.note_asked(layout)
             self._groups[group.group_id] = group
-        spare = [group for group in reversed(staying) if group.is_spare(now_s)]
-        spare.sort(key=lambda group: group.is_placed)
         useless = [group for group in self._groups.values() if group.is_draining and group.holds_nothing]
-        for group in [*useless, *spare[: max(0, len(staying) - target - self._num_spare)]]:
+        for group in [*useless, *(self._groups[name] for name in moves.give_back)]:
             self._give_back(group)
 
     def _ask(self, group: WorkerGroup, rank: Rank, ref: Any, then: Callable[..., None] | None = None) -> None:
@@ -239,8 +237,9 @@ class RayPool:
             self._ask(group, rank, rank.actor.poll.remote(timeout_s), self._report)
 
     def _report(self, group: WorkerGroup, rank: Rank, report: Report) -> None:
-        num_ranks = self._plan.num_ranks if rank.index else 1
-        self._poll(group, rank, min(MAX_POLL_S, max(POLL_S, len(self._groups) * num_ranks / REPORTS_PER_S)))
+        # All ranks are as many as if each group had the ranks of this one: near enough for a pace.
+        num_reporting = len(self._groups) * (len(group.ranks) if rank.index else 1)
+        self._poll(group, rank, min(MAX_POLL_S, max(POLL_S, num_reporting / REPORTS_PER_S)))
         self._take(group, rank, report)
         if group.is_leaving:
             self._end_if_silent(group)
@@ -252,6 +251,7 @@ class RayPool:
         if group.is_ready and not was_ready and not group.is_leaving:
             seconds = time.monotonic() - group.asked_s
             self._restarts.worker_ready()
+            self._staffing.note_load(group.ready_after_s)
             self._note("worker_ready", group, seconds=round(seconds, 3), start_s=round(group.ready_after_s, 3))
         self._look_at(group)
 
@@ -269,11 +269,8 @@ class RayPool:
             self._hand_back(waiting, Preempted(f"{group.group_id}: its node is being taken away"))
         elif (next_up := group.next_waiting()) is not None:
             self._send(group, next_up, ())
-        if group.is_free and group.group_id not in self._free:
-            self._free[group.group_id] = group
+        if self._staffing.note_free(group):
             self._events.append(Freed())
-        elif not group.is_free:
-            self._free.pop(group.group_id, None)
 
     def _send(self, group: WorkerGroup, item: WorkItem, upcoming: tuple[WorkItem, ...]) -> None:
         for rank in group.ranks:
@@ -307,7 +304,7 @@ class RayPool:
         group.is_leaving = True
         self._ledger.retire(group)
         del self._groups[group.group_id]
-        self._free.pop(group.group_id, None)
+        self._staffing.note_free(group)
         self._leaving[group.group_id] = group
 
     def _give_back(self, group: WorkerGroup) -> None:
@@ -376,7 +373,7 @@ class RayPool:
             if until_ms is not None:
                 group.is_draining = True
                 group.drained_at_s = time.monotonic() + until_ms / 1e3 - time.time() if until_ms else None
-                self._free.pop(group.group_id, None)
+                self._staffing.note_free(group)
         for node_id in news:
             groups = [group.group_id for group in self._groups.values() if group.node_id == node_id]
             left_s = round(draining[node_id] / 1e3 - time.time(), 1) if draining[node_id] else None

@@ -1,4 +1,4 @@
-"""How much room there is for workers: how many the cluster holds, which places are spoilt, if waiting is in vain."""
+"""How much room there is for workers: how many ranks each node holds, which places are spoilt, if waiting is in vain."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Room:
         self._plan = plan
         # Ended, but something of theirs is still there. They keep their places, so that Ray gives these to nobody.
         self.spoilt: list[WorkerGroup] = []
-        self._most = 0
+        self._nodes: Mapping[str, int] = {}
         self._count_at_s = 0.0
         self._moved_s = 0.0
         self._has_warned = False
 
-    def most(self, draining: Mapping[str, int], now_s: float) -> int:
-        """How many workers there may be; at least one is always asked for. The nodes are counted now and then."""
+    def nodes(self, draining: Mapping[str, int], now_s: float) -> Mapping[str, int]:
+        """How many ranks each node may hold. The nodes are counted now and then."""
         if now_s >= self._count_at_s:
             self._count_at_s = now_s + COUNT_NODES_EVERY_S
-            self._most = self._plan.num_workers or max(1, self._capacity(draining))
-        return self._most
+            self._nodes = self._count(draining)
+        return self._nodes
 
     def count_again(self) -> None:
         """The nodes, or their places, are not what they were."""
@@ -50,7 +50,7 @@ class Room:
 
     def is_none_left(self, draining: Mapping[str, int]) -> bool:
         """If every place that the cluster has is spoilt."""
-        return bool(self.spoilt) and self._capacity(draining) == 0
+        return bool(self.spoilt) and not any(self._count(draining).values())
 
     def check(self, groups: Collection[WorkerGroup], now_s: float, *, is_any_leaving: bool) -> None:
         """Raises PipelineError if nobody has a place, nobody is about to free one, and none came free for too long.
@@ -64,12 +64,16 @@ class Room:
         if any(group.is_placed for group in groups):
             if not self._has_warned:
                 self._has_warned = True
-                log.warning("going on with fewer workers: %s", self._shortage(len(late), len(groups)))
+                log.warning("going on with fewer workers: %s", self._shortage(late, len(groups)))
         elif len(late) == len(groups) and not is_any_leaving and now_s - self._moved_s > timeout_s:
-            raise PipelineError(self._shortage(len(late), len(groups)))
+            raise PipelineError(self._shortage(late, len(groups)))
 
-    def _shortage(self, num_late: int, num_asked: int) -> str:
-        return placement.shortage(self._plan, num_late, num_asked, placement.nodes_now())
+    def _shortage(self, late: Collection[WorkerGroup], num_asked: int) -> str:
+        num_ranks = [len(group.ranks) for group in late]
+        return placement.shortage(self._plan, num_ranks, num_asked, placement.nodes_now())
 
-    def _capacity(self, draining: Mapping[str, int]) -> int:
-        return placement.capacity(self._plan, draining, Counter(group.node_id or "" for group in self.spoilt))
+    def _count(self, draining: Mapping[str, int]) -> Mapping[str, int]:
+        spoilt: Counter[str] = Counter()
+        for group in self.spoilt:
+            spoilt[group.node_id or ""] += len(group.ranks)
+        return placement.ranks_of_nodes(self._plan, draining, spoilt)

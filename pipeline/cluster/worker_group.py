@@ -18,6 +18,7 @@ from pipeline.errors import Hang, PipelineError, Preempted, WorkerLost
 from pipeline.planning.policy import silence_limit_s
 from pipeline.records.gang import Member
 from pipeline.records.outcome import Outcome, WorkerSeat
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 
 # How long an actor's `poll` waits for news, at least: in a small pool the ledger's running entries are at most so old.
@@ -68,10 +69,20 @@ class Rank:
 
 
 class WorkerGroup:
-    """A worker of `plan.num_ranks` ranks at `place`, asked for at `asked_s`. Times in seconds are monotonic."""
+    """A worker of `layout`, with a rank for each of its GPUs, at `place`, asked for at `asked_s`. Times in seconds are
+    monotonic."""
 
-    def __init__(self, group_id: str, ranks: list[Rank], place: Any, plan: WorkerPlan, asked_s: float) -> None:
+    def __init__(
+        self,
+        group_id: str,
+        layout: ParallelLayout,
+        ranks: list[Rank],
+        place: Any,
+        plan: WorkerPlan,
+        asked_s: float,
+    ) -> None:
         self.group_id = group_id
+        self.layout = layout
         self.ranks = ranks
         self.place = place
         self.asked_s = asked_s
@@ -83,7 +94,7 @@ class WorkerGroup:
         self.drained_at_s: float | None = None
         self.is_leaving = self.is_ended = False
         self.leave_by_s = 0.0
-        self.agreement = Agreement(plan.num_ranks)
+        self.agreement = Agreement(len(ranks))
         self._plan = plan
         self._num_handed_in = 0
         # Its ranks were asked to build their worker.
@@ -129,7 +140,12 @@ class WorkerGroup:
         """If it would not be missed: it waits for a place, or it has been idle for as long as its start took."""
         if not self.is_placed:
             return True
-        return self.is_free and self.holds_nothing and now_s - self._idle_since_s >= self.ready_after_s
+        return self.is_idle and now_s - self._idle_since_s >= self.ready_after_s
+
+    @property
+    def is_idle(self) -> bool:
+        """If nothing would be lost with it but its start."""
+        return not self.is_placed or (self.is_free and self.holds_nothing)
 
     @property
     def holds_nothing(self) -> bool:
@@ -156,7 +172,7 @@ class WorkerGroup:
     def member(self, rank: Rank) -> Member:
         leader = self.ranks[0].hello
         assert leader is not None, "every rank has said who it is"
-        return Member(rank.index, len(self.ranks), port=leader.port)
+        return Member(rank.index, len(self.ranks), port=leader.port, layout=self.layout)
 
     def take(self, item: WorkItem, now_ns: int) -> bool:
         """The item is in its hands from now on. False if it must wait, because it is to be alone."""

@@ -1,4 +1,4 @@
-"""Where workers run, how many devices hold a clip, and what they cost."""
+"""Where workers run, what their machines are like, and what they cost."""
 
 from __future__ import annotations
 
@@ -12,17 +12,6 @@ from pipeline.errors import UsageError
 
 
 @dataclass
-class ParallelConfig:
-    """How many devices hold one clip."""
-
-    name: str = "single"
-    num_gpus: int = 1
-
-    def __post_init__(self) -> None:
-        require(self.num_gpus == 1, "parallel.num_gpus", "1", self.num_gpus, "several devices a clip do not exist yet")
-
-
-@dataclass
 class ClusterConfig:
     """Where workers run, and at what rate they are assumed to compute until a calibration says better."""
 
@@ -30,8 +19,14 @@ class ClusterConfig:
     # in_process: one worker on a thread of the driver. ray: worker processes on the cluster that RAY_ADDRESS names, or
     # on a Ray of this machine that the job starts and ends itself.
     pool: str = "in_process"
-    # Of the Ray pool; left out: one for each GPU of the cluster, on CPU one for each core, never more than clips.
+    # Of the Ray pool; left out: as many as the cluster's GPUs hold, on CPU its cores, never more than clips. With
+    # parallel=auto, which makes workers of several sizes, this counts GPUs.
     num_workers: int | None = None
+    # GPUs of a node, on CPU cores: a layout never spans two. Left out, what the largest node says once Ray is up.
+    gpus_per_node: int | None = None
+    # What one GPU holds (1e9 bytes): clips that need more are spread over several. Left out, what nvidia-smi says on
+    # the driver's machine; where that says nothing either, it is found out by trying.
+    gpu_memory_gb: float | None = None
     # How long a worker may wait for free resources, and Ray for its start.
     start_timeout_s: float = 60.0
     # How long a worker on Ray may load its model.
@@ -47,6 +42,12 @@ class ClusterConfig:
     assumed_cpu_tflops: float = 0.0045
     # One H200, eager, cold: 31.7 s for the 7,687 TFLOP of a 1080p clip of LTX-2.0 (tests/bench/results/clip.jsonl).
     assumed_gpu_tflops: float = 242.0
+    # Between two GPUs of a node. Two H200 exchanged all-to-all 128 MiB, half of which left each GPU, in 0.27 ms
+    # (NVLink; 2026-11).
+    assumed_link_gb_per_s: float = 249.0
+    # From the start of a worker to its first clip, until workers of this run have said what it takes. Weights of 38 GB
+    # take 1.3 s from memory and 19 to 25 s from a disk of 1.5 to 2 GB/s.
+    assumed_load_s: float = 20.0
     # A worker may use so much of its GPU's memory (1e9 bytes) and no more, to try what a smaller GPU would hold.
     gpu_memory_limit_gb: float | None = None
     # Every node sees `output` under the same path (NFS, say), so it may be a plain path on several nodes.
@@ -63,9 +64,12 @@ class ClusterConfig:
         for name, usual in (("start_timeout_s", 60), ("load_timeout_s", 1800), ("hang_after_s", 60)):
             require(getattr(self, name) > 0, f"cluster.{name}", "above 0", getattr(self, name), f"use {usual}")
         require(self.stop_notice_s >= 3, "cluster.stop_notice_s", "3 or more", self.stop_notice_s, "use 3")
-        limit = self.gpu_memory_limit_gb
-        require(limit is None or limit > 0, "cluster.gpu_memory_limit_gb", "above 0", limit, "leave it out")
-        for name in ("assumed_cpu_tflops", "assumed_gpu_tflops"):
+        for name in ("gpu_memory_gb", "gpu_memory_limit_gb"):
+            limit = getattr(self, name)
+            require(limit is None or limit > 0, f"cluster.{name}", "above 0", limit, "leave it out")
+        per_node = self.gpus_per_node
+        require(per_node is None or per_node >= 1, "cluster.gpus_per_node", "1 or more", per_node, "leave it out")
+        for name in ("assumed_cpu_tflops", "assumed_gpu_tflops", "assumed_link_gb_per_s", "assumed_load_s"):
             require(getattr(self, name) > 0, f"cluster.{name}", "above 0", getattr(self, name), "leave it out")
 
 

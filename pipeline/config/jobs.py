@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from omegaconf import MISSING
 
 from pipeline.config.checks import require
-from pipeline.config.cluster import ClusterConfig, ParallelConfig, PricingConfig
+from pipeline.config.cluster import ClusterConfig, PricingConfig
 from pipeline.config.model import ModelConfig, PrecisionConfig
+from pipeline.config.parallel import ParallelConfig, require_layout_fits
 from pipeline.config.recipe import RecipeConfig
 from pipeline.errors import UsageError
 
@@ -84,6 +85,7 @@ class RenderJob:
             require(ok, "run_id", "letters, digits, '.', '_' and '-'", self.run_id, "leave it out for a fresh one")
         levels = ("debug", "info", "warning", "error")
         require(self.log_level in levels, "log_level", ", ".join(levels), self.log_level, "use info")
+        require_layout_fits(self.parallel, self.model.size, self.recipe, self.cluster)
         self.deadline_ns  # noqa: B018 - parsed here so that a bad one is refused before anything starts
 
     @property

@@ -36,10 +36,18 @@ class DenoiserSize:
     # decoder per output pixel.
     text_flops_per_token: float = 0.0
     decode_flops_per_pixel: float = 0.0
+    # Attention heads of each stream, which layouts divide.
+    num_heads: int = 32
+    num_audio_heads: int = 32
 
     @property
     def has_audio(self) -> bool:
         return self.audio_width > 0
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Of each stream."""
+        return (self.num_heads, self.num_audio_heads) if self.has_audio else (self.num_heads,)
 
 
 FAMILIES = ("ltx2", "ltx_video")

@@ -100,18 +100,24 @@ class StageConfig:
 
     def samples_of_a_call(self, *, has_audio: bool) -> int:
         """The most samples that one call of the denoiser is given."""
-        passes = [len(entry.passes(has_audio=has_audio)) for entry in self.guidance]
-        return max(passes, default=1) if self.batch_passes else 1
+        return self.max_passes(has_audio=has_audio) if self.batch_passes else 1
 
-    def num_samples(self, num_tokens: int, *, has_audio: bool) -> int:
-        """Samples the denoiser is given in all steps: every prediction of every evaluation counts one."""
+    def max_passes(self, *, has_audio: bool) -> int:
+        """The most predictions that a step needs."""
+        return max((len(entry.passes(has_audio=has_audio)) for entry in self.guidance), default=1)
+
+    def num_samples(self, num_tokens: int, *, has_audio: bool, guidance_degree: int = 1) -> int:
+        """Samples the denoiser is given in all steps: every prediction of every evaluation counts one.
+
+        With `guidance_degree` GPUs that share the predictions of an evaluation, of the one that is given most.
+        """
         total = 0
         for sigma, after in pairwise(self.levels(num_tokens)):
             guidance = self.guidance_at(sigma)
             passes = (POSITIVE,) if guidance is None else guidance.passes(has_audio=has_audio)
             # res_2s looks twice a step, and once more at the end (`engine/samplers.py`).
             evaluations = 1 if self.sampler != "res_2s" else 2 if after else 3
-            total += evaluations * len(passes)
+            total += evaluations * math.ceil(len(passes) / guidance_degree)
         return total
 
 
@@ -199,6 +205,10 @@ class RecipeConfig:
     def has_guidance(self) -> bool:
         """If a negative prompt makes a difference."""
         return any(entry.video.cfg != 1 or entry.audio.cfg != 1 for stage in self.stages for entry in stage.guidance)
+
+    def max_passes(self, *, has_audio: bool) -> int:
+        """The most predictions that a step of any stage needs."""
+        return max(stage.max_passes(has_audio=has_audio) for stage in self.stages)
 
     def stage_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width in pixels of each stage, for a rendered size. At least one cell."""

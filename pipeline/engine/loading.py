@@ -246,6 +246,8 @@ def _require_size(model: ModelConfig, checkpoint: CheckpointFile) -> None:
         "num_layers": hparams.num_layers,
         "video_width": hparams.video.width,
         "audio_width": 0 if hparams.audio is None else hparams.audio.width,
+        "num_heads": hparams.video.num_heads,
+        **({} if hparams.audio is None else {"num_audio_heads": hparams.audio.num_heads}),
     }
     wrong = [
         f"model.size.{name} must be {value}, got {getattr(model.size, name)}"

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from pipeline.config.model import DenoiserSize
-from pipeline.config.recipe import RecipeConfig
+from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.geometry import LatentShape, PixelShape, latent_shape
+from pipeline.planning.spread import LayerFlops, Machine, prediction_s
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.request import RenderRequest
-from pipeline.records.work import Estimate
+from pipeline.records.work import ALONE, Estimate
 
 UNCALIBRATED = "uncalibrated"
 # Tokens of an enhanced prompt: read, the instructions (305 words and signs) and an idea of some 150 words; written, the
@@ -24,19 +26,12 @@ REWRITE_READ_TOKENS, REWRITE_WRITTEN_TOKENS = 512, 512
 
 
 def denoiser_flops(size: DenoiserSize, shape: LatentShape) -> float:
-    """Floating-point operations of one prediction of the denoiser for one clip (a multiply-add counts as 2).
+    """Floating-point operations of one prediction of the denoiser for one clip: those of each layer, see `LayerFlops`.
 
-    Per layer, with D and A the video and audio widths, N and M the video and audio tokens, L the text tokens:
-    linear layers 28 D^2 N + 4 D^2 L + 28 A^2 M + 4 A^2 L and, between the streams, 8 D A N + 8 A^2 M; attention
-    4 D N^2 + 4 D N L + 4 A M^2 + 4 A M L + 8 A N M. A is 0 for a model without sound. Derived from the blocks of
-    `pipeline/model`; at the published sizes
-    it agrees within 0.2 % with an operator-level counter (`tests/unit/test_estimate.py`).
+    Derived from the blocks of `pipeline/model`; at the published sizes it agrees within 0.2 % with an operator-level
+    counter (`tests/unit/test_estimate.py`).
     """
-    d, a, text = size.video_width, size.audio_width, size.text_tokens
-    n, m = shape.num_video_tokens, shape.num_audio_latents
-    linear = 28 * d * d * n + 4 * d * d * text + 28 * a * a * m + 4 * a * a * text + 8 * d * a * n + 8 * a * a * m
-    attention = 4 * d * n * n + 4 * d * n * text + 4 * a * m * m + 4 * a * m * text + 8 * a * n * m
-    return float(size.num_layers * (linear + attention))
+    return size.num_layers * LayerFlops.of(size, shape).total
 
 
 def clip_flops(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize) -> float:
@@ -55,31 +50,57 @@ def clip_phases(request: RenderRequest, recipe: RecipeConfig, size: DenoiserSize
     if request.wishes.enhance_prompt:
         text_tokens += REWRITE_READ_TOKENS + REWRITE_WRITTEN_TOKENS
     phases = [(float(size.text_flops_per_token * text_tokens), 1)]
-    sizes = recipe.stage_sizes(rendered.height, rendered.width)
-    for stage, (height, width) in zip(recipe.stages, sizes, strict=True):
-        shape = latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps))
+    for stage, shape in _stage_shapes(request, recipe):
         samples = stage.num_samples(shape.num_video_tokens, has_audio=size.has_audio)
         num_steps = len(stage.levels(shape.num_video_tokens)) - 1
         phases.append((samples * denoiser_flops(size, shape), max(1, num_steps)))
-    height, width = sizes[-1]
+    height, width = recipe.stage_sizes(rendered.height, rendered.width)[-1]
     # The first frame comes after up to a third of the work for all.
     phases.append((float(size.decode_flops_per_pixel * rendered.num_frames * height * width), 3))
     return phases
 
 
+def _stage_shapes(request: RenderRequest, recipe: RecipeConfig) -> list[tuple[StageConfig, LatentShape]]:
+    rendered = request.shape.rendered
+    sizes = recipe.stage_sizes(rendered.height, rendered.width)
+    return [
+        (stage, latent_shape(PixelShape(rendered.num_frames, height, width, rendered.fps)))
+        for stage, (height, width) in zip(recipe.stages, sizes, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Estimator:
-    """Operations to seconds and dollars on one worker that computes `assumed_tflops`."""
+    """Operations to seconds and dollars on workers whose GPUs are like `machine`; `price` is for one GPU."""
 
     size: DenoiserSize
-    assumed_tflops: float
+    machine: Machine
     price: UnitPrice
 
-    def estimate(self, request: RenderRequest, recipe: RecipeConfig) -> Estimate:
+    def estimate(self, request: RenderRequest, recipe: RecipeConfig, layout: ParallelLayout = ALONE) -> Estimate:
+        """What a clip takes on a group of `layout`. Only the denoiser is divided: the leader alone encodes the prompt
+        and decodes the video, while the others are held."""
         phases = clip_phases(request, recipe, self.size)
-        flops, longest = sum(flops for flops, _ in phases), max(flops / num_steps for flops, num_steps in phases)
-        seconds, longest_s = flops / (self.assumed_tflops * 1e12), longest / (self.assumed_tflops * 1e12)
-        return Estimate(flops, seconds, float(self.price.cost(round(seconds * 1e9))), UNCALIBRATED, longest_s)
+        seconds = [flops / (self.machine.tflops * 1e12) for flops, _ in phases]
+        if layout.num_gpus > 1:
+            seconds[1:-1] = [self._sampling_s(stage, shape, layout) for stage, shape in _stage_shapes(request, recipe)]
+        longest_s = max(phase_s / num_steps for phase_s, (_, num_steps) in zip(seconds, phases, strict=True))
+        gpu_seconds = layout.num_gpus * sum(seconds)
+        return Estimate(
+            flops=sum(flops for flops, _ in phases),
+            gpu_seconds=gpu_seconds,
+            cost_usd=float(self.price.cost(round(gpu_seconds * 1e9))),
+            source=UNCALIBRATED,
+            longest_step_s=longest_s,
+            num_gpus=layout.num_gpus,
+        )
+
+    def _sampling_s(self, stage: StageConfig, shape: LatentShape, layout: ParallelLayout) -> float:
+        """A stage's predictions, of which guidance parallelism gives a rank its part."""
+        num_samples = stage.num_samples(
+            shape.num_video_tokens, has_audio=self.size.has_audio, guidance_degree=layout.guidance
+        )
+        return num_samples * prediction_s(self.size, shape, layout, self.machine)
 
 
 @dataclass(frozen=True)

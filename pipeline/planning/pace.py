@@ -35,15 +35,19 @@ class Pace:
         """A clip has ended well, and its attempt took so long."""
         self._num_ended += 1
         self._taken_s += taken_s
-        self._estimated_s += item.estimate.gpu_seconds
+        self._estimated_s += item.estimate.clip_s
 
     @property
     def has_open_attempts(self) -> bool:
         return bool(self._since_ns)
 
+    @property
+    def scale(self) -> float:
+        """Seconds taken for each second estimated."""
+        return self._taken_s / self._estimated_s if self._estimated_s > 0 else 1.0
+
     def predicted_s(self, item: WorkItem) -> float:
-        scale = self._taken_s / self._estimated_s if self._estimated_s > 0 else 1.0
-        return item.estimate.gpu_seconds * scale
+        return item.estimate.clip_s * self.scale
 
     def left_s(self, item: WorkItem, now_ns: int) -> float:
         """How much longer an attempt in flight is predicted to take; 0 for one that is late."""

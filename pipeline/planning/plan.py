@@ -17,9 +17,10 @@ from pipeline.config.tree import to_plain
 from pipeline.errors import UsageError
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.intake import Intake, Rejection, admit_rows
+from pipeline.planning.offers import Menu
 from pipeline.records.request import MAX_FORMS, ClipForm, RecipeRules, RenderRequest, RequestLimits
 from pipeline.records.wishes import OVERRIDE_COLUMNS, PLAIN_MODEL, ModelRules
-from pipeline.records.work import Estimate, KeyStem, WorkItem, key_stem
+from pipeline.records.work import NOT_HANDED_OUT, KeyStem, Offer, WorkItem, key_stem
 
 # What a recipe gives a row is part of the resolved request already, and a thumbnail is neither pixels nor sound.
 _NOT_CONTENT = ("name", "clip", "crop")
@@ -64,8 +65,9 @@ class Planner:
     adapters_of: Callable[[RecipeConfig], Mapping[str, str]] = lambda recipe: {}
     # Why the job's settings do not go with recipes that are not among `recipes`.
     unusable: Mapping[str, str] = field(default_factory=dict)
-    # Estimate and content but for prompt and seed, by form: a manifest of a million rows has a few.
-    _kinds: dict[ClipForm, tuple[KeyStem, Estimate]] = field(default_factory=dict, init=False, repr=False)
+    menu: Menu = Menu()
+    # Offers and content but for prompt and seed, by form: a manifest of a million rows has a few.
+    _kinds: dict[ClipForm, tuple[KeyStem, tuple[Offer, ...]]] = field(default_factory=dict, init=False, repr=False)
 
     def intake(self, rows: Iterable[Mapping[str, Any]]) -> Intake:
         rules = {name: recipe_rules(recipe, self.misfit(recipe)) for name, recipe in self.recipes.items()}
@@ -80,10 +82,16 @@ class Planner:
             if len(self._kinds) >= MAX_FORMS:
                 self._kinds.clear()
             kind = self._kinds[form] = self._kind(request)
-        stem, estimate = kind
-        return WorkItem(request, stem.key(request.prompt, request.seed), estimate)
+        stem, offers = kind
+        key = stem.key(request.prompt, request.seed)
+        if len(self.menu.layouts) == 1:
+            (offer,) = offers
+            return WorkItem(request, key, offer.estimate, layout=offer.layout)
+        # Until it is handed out.
+        offer = next((offer for offer in offers if not offer.misfit), offers[-1])
+        return WorkItem(request, key, offer.estimate, layout=offer.layout, layout_reason=NOT_HANDED_OUT, offers=offers)
 
-    def _kind(self, request: RenderRequest) -> tuple[KeyStem, Estimate]:
+    def _kind(self, request: RenderRequest) -> tuple[KeyStem, tuple[Offer, ...]]:
         recipe = resolved(self.recipes, request)
         stem = key_stem(
             request,
@@ -91,7 +99,7 @@ class Planner:
             precision=precision_content(self.precision),
             model=model_content(self.model, self.fingerprint),
         )
-        return stem, self.estimator.estimate(request, recipe)
+        return stem, self.menu.offers(request, recipe, self.estimator, self.precision)
 
     def plan(
         self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from pipeline.errors import StorageUnavailable
-from pipeline.records.work import MEMORY_RUNGS, WorkItem
+from pipeline.records.work import MEMORY_RUNGS, MORE_GPUS, WorkItem
 
 
 class AfterFailure(Enum):
@@ -26,10 +26,13 @@ class AfterFailure(Enum):
     STOP_JOB = "stop the job"
 
 
+# Failures of all classes together after which a row is set aside: one that fails in another way each time.
+MAX_FAILURES_OF_A_ROW = 5
 # Failure class (`errors.FAULTS`) -> what follows, and after how many failures of that class the row is set aside.
 _TABLE: dict[str, tuple[AfterFailure, int]] = {
     "InvalidRequest": (AfterFailure.SET_ASIDE, 1),
-    "OutOfMemory": (AfterFailure.NEXT_RUNG, len(MEMORY_RUNGS)),
+    # The ladder ends by itself: with its last rung, or with the widest layout.
+    "OutOfMemory": (AfterFailure.NEXT_RUNG, MAX_FAILURES_OF_A_ROW),
     "EngineFault": (AfterFailure.RETRY, 2),
     # The worker has backed off in place for long before it says so.
     "StorageUnavailable": (AfterFailure.RETRY, 2),
@@ -41,9 +44,6 @@ _TABLE: dict[str, tuple[AfterFailure, int]] = {
     "Preempted": (AfterFailure.TAKE_BACK, 0),
     "Cancelled": (AfterFailure.TAKE_BACK, 0),
 }
-# Failures of all classes together after which a row is set aside: one that fails in another way each time.
-MAX_FAILURES_OF_A_ROW = 5
-
 # A sign of life comes with every step; so much longer than predicted, nothing comes any more.
 HANG_FACTOR = 5.0
 # An attempt is a straggler once it has taken so much longer than predicted, and long enough for that to mean something.
@@ -76,7 +76,7 @@ def after_failure(fault: str, item: WorkItem, failures: RowFailures) -> AfterFai
     if decision is AfterFailure.TAKE_BACK:
         return decision
     num_failures = failures.count(item.request.id, fault)
-    if decision is AfterFailure.NEXT_RUNG and next_rung(item.memory_rung) is None:
+    if decision is AfterFailure.NEXT_RUNG and on_next_rung(item) is None:
         return AfterFailure.SET_ASIDE
     if decision is not AfterFailure.STOP_JOB and (
         num_failures >= max_failures or failures.total(item.request.id) >= MAX_FAILURES_OF_A_ROW
@@ -91,16 +91,20 @@ def is_nobodys(fault: str) -> bool:
     return _TABLE[fault][0] is AfterFailure.TAKE_BACK
 
 
-def next_rung(memory_rung: str) -> str | None:
-    """The rung after `memory_rung`, None after the last."""
-    index = MEMORY_RUNGS.index(memory_rung) + 1
-    return MEMORY_RUNGS[index] if index < len(MEMORY_RUNGS) else None
+def on_next_rung(item: WorkItem) -> WorkItem | None:
+    """`item` on the rung after its own; None after the last. More GPUs than it had can be had more than once."""
+    index = min(MEMORY_RUNGS.index(item.memory_rung) + 1, len(MEMORY_RUNGS) - 1)
+    rung = MEMORY_RUNGS[index]
+    if rung != MORE_GPUS:
+        return replace(item, memory_rung=rung)
+    wider = [offer.layout.num_gpus for offer in item.offers if offer.layout.num_gpus > item.layout.num_gpus]
+    return replace(item, memory_rung=rung, min_gpus=wider[0]) if wider else None
 
 
 def retried(item: WorkItem, decision: AfterFailure) -> WorkItem:
     """`item` as it goes back to the queue after `decision`."""
     if decision is AfterFailure.NEXT_RUNG:
-        return replace(item, memory_rung=next_rung(item.memory_rung) or item.memory_rung)
+        return on_next_rung(item) or item
     return item if decision is AfterFailure.TAKE_BACK else replace(item, alone=True)
 
 

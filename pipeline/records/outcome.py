@@ -171,7 +171,6 @@ class RunFacts:
     model: str
     model_fingerprint: str
     precision: str
-    parallel: str
 
 
 def timestamp(at_ns: int) -> datetime:
@@ -179,11 +178,15 @@ def timestamp(at_ns: int) -> datetime:
 
 
 def commit_record(rendered: Rendered, entries: tuple[LedgerEntry, ...], facts: RunFacts) -> dict[str, Any]:
-    """The commit record's JSON object: the whole outcome, so that results can be rebuilt from records alone."""
+    """The commit record's JSON object: the whole outcome, so that results can be rebuilt from records alone.
+
+    `entries` are the leader's. Its followers work on the item as long as it does, so cost and GPU-seconds are its own
+    times their number; the run's ledger has each rank's.
+    """
     item = rendered.item
-    row = rendered_row(rendered, facts)
-    row["cost_usd"] = float(sum((entry.cost_usd for entry in entries), Decimal(0)))
-    row["gpu_seconds"] = sum(entry.gpu_seconds for entry in entries)
+    row, num_gpus = rendered_row(rendered, facts), item.layout.num_gpus
+    row["cost_usd"] = float(num_gpus * sum((entry.cost_usd for entry in entries), Decimal(0)))
+    row["gpu_seconds"] = num_gpus * sum(entry.gpu_seconds for entry in entries)
     for name in ("started_at", "finished_at"):
         row[name] = row[name].isoformat()
     row["tags"] = dict(item.request.tags)
@@ -229,9 +232,9 @@ def item_row(item: WorkItem, facts: RunFacts, *, status: str) -> dict[str, Any]:
         **{name: getattr(request, name) for name in columns},
         "tags": dict(request.tags),
         "content_key": item.key,
-        "parallel": facts.parallel,
-        "parallel_reason": "one worker a clip",
-        "num_gpus": 1,
+        "parallel": item.layout.name,
+        "parallel_reason": item.layout_reason,
+        "num_gpus": item.layout.num_gpus,
         "memory_rung": item.memory_rung,
         "estimated_gpu_seconds": item.estimate.gpu_seconds,
         "estimated_cost_usd": item.estimate.cost_usd,
@@ -273,7 +276,7 @@ def rendered_row(rendered: Rendered, facts: RunFacts) -> dict[str, Any]:
 def recovered_row(item: WorkItem, record: Mapping[str, Any], facts: RunFacts) -> dict[str, Any]:
     """The row of a clip that this run committed with a worker that was lost before it could say so."""
     row = item_row(item, facts, status="rendered")
-    row.update({name: record[name] for name in (*ClipAsset.__slots__, *Timings.__slots__)})
+    row.update({name: record[name] for name in (*ClipAsset.__slots__, *Timings.__slots__, *_ATTEMPT_COLUMNS)})
     row.update(
         prompt=record["prompt"],
         attempts=record["attempt"],
@@ -297,10 +300,12 @@ def failed_row(failed: Failed, facts: RunFacts) -> dict[str, Any]:
     return row
 
 
+# How the attempt at a clip was made.
+_ATTEMPT_COLUMNS = ("parallel", "parallel_reason", "num_gpus", "memory_rung")
 # What a row that is there already takes from its commit record.
 SKIPPED_COLUMNS = (
     "uri", "thumbnail_uri", "sha256", "size_bytes", "has_audio", "sample_rate_hz", "rendered_by_run", "prompt", "width",
-    "height", "num_frames", "fps", "duration_s", "parallel", "parallel_reason", "num_gpus", "memory_rung",
+    "height", "num_frames", "fps", "duration_s", *_ATTEMPT_COLUMNS,
 )  # fmt: skip
 
 

@@ -8,12 +8,19 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.request import RenderRequest
 
 # Raised by hand whenever the same request would give other pixels or other sound than before.
 RENDER_REVISION = 4
 # How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
-MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload")
+MORE_GPUS = "more_gpus"
+MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload", MORE_GPUS)
+ALONE = ParallelLayout()
+# Why a clip has its layout, where all clips of the job have it.
+GIVEN = "given"
+# Why it has its layout, where each clip gets one of its own when it is handed out, and this one was not.
+NOT_HANDED_OUT = "planned; not handed out"
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 # Holds the place of a prompt or seed. Half of a surrogate pair: no text that can be encoded has one.
 _BLANK = "\ud800"
@@ -21,9 +28,10 @@ _BLANK = "\ud800"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a clip is expected to take on one worker, and from which kind of knowledge.
+    """What a clip is expected to take on a worker of `num_gpus`, and from which kind of knowledge.
 
-    `longest_step_s` is the longest stretch of its work without a sign of life in between.
+    `gpu_seconds` are those of all GPUs together. `longest_step_s` is the longest stretch of its work without a sign of
+    life in between.
     """
 
     flops: float
@@ -31,6 +39,24 @@ class Estimate:
     cost_usd: float
     source: str
     longest_step_s: float = 0.0
+    num_gpus: int = 1
+
+    @property
+    def clip_s(self) -> float:
+        """Seconds from its start to its end."""
+        return self.gpu_seconds / self.num_gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A layout that a clip may get, and what it would take on it; `misfit` says why it does not fit, empty if it does.
+
+    Of all layouts of as many GPUs it is the best one for the clip.
+    """
+
+    layout: ParallelLayout
+    estimate: Estimate
+    misfit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +65,9 @@ class WorkItem:
 
     `memory_rung` is one of MEMORY_RUNGS. With `alone` a worker does nothing else beside it: what then happens to the
     worker is this item's doing.
+
+    `estimate` is for `layout`. `offers`, the narrowest first, are what it may be handed out on instead, on
+    `min_gpus` or more; with none there is no choice.
     """
 
     request: RenderRequest
@@ -48,6 +77,10 @@ class WorkItem:
     queued_ns: int = 0
     memory_rung: str = MEMORY_RUNGS[0]
     alone: bool = False
+    layout: ParallelLayout = ALONE
+    layout_reason: str = GIVEN
+    offers: tuple[Offer, ...] = ()
+    min_gpus: int = 1
 
     def is_attempt(self, key: str, attempt: int) -> bool:
         """If this is that attempt at that key."""

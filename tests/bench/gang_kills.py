@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -39,6 +40,7 @@ from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import LedgerEntry, WorkerSeat
+from pipeline.records.parallel import ParallelLayout
 from tests.cluster.gang_worker import GangFactory
 from tests.unit.makers import FACTS, item
 
@@ -133,14 +135,14 @@ def main() -> int:
     ray.init(address="local", num_cpus=max(2, os.cpu_count() or 1), num_gpus=num_units if on_gpu else 0,
              include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
              logging_level=logging.ERROR)  # fmt: skip
-    work = [item(index) for index in range(args.kills)]
+    work = [replace(item(index), layout=ParallelLayout(args.ranks)) for index in range(args.kills)]
     rows = [one.request.id for one in work]
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder)
         factory = GangFactory(args.device, args.gb, num_steps=24, step_s=0.05, marks=marks)
         now_ns, log = utc_clock(), TimedLog()
-        plan = WorkerPlan("kills", args.device, UnitPrice("none", Decimal(0)), threads=1, num_workers=None,
-                          start_timeout_s=120.0, num_ranks=args.ranks, cpus_per_rank=cpus_per_rank)  # fmt: skip
+        plan = WorkerPlan("kills", args.device, UnitPrice("none", Decimal(0)), threads=1, max_ranks=None,
+                          start_timeout_s=120.0, cpus_per_rank=cpus_per_rank)  # fmt: skip
         driver = Driver(
             queue=WorkQueue(work), pool=RayPool(factory, plan, now_ns), log=log, facts=FACTS, admission=Admission(),
             stop=StopRequest(), counts=Counts(len(work), 0, 0), progress=Progress(io.StringIO()), now_ns=now_ns,

@@ -17,6 +17,7 @@ from jobs.entry import RenderJob, compose_job, compose_recipes, run_job
 from jobs.render import stop_on_signals
 from pipeline.assembly import driver_side
 from pipeline.assembly.driver_side import Run, make_plan
+from pipeline.config.parallel import ParallelConfig
 from pipeline.storage.models import NOT_STAGED
 from pipeline.storage.store import open_store
 from tests.chaos.edges import Edges
@@ -27,8 +28,8 @@ def main(argv: list[str]) -> int:
     options = dict(argument[2:].split("=", 1) for argument in argv if argument.startswith("--"))
     overrides = [argument for argument in argv if not argument.startswith("--")]
     job = compose_job(RenderJob, "render", overrides)
-    # The renderer is for one GPU a clip so far, and its configuration says so.
-    job.parallel.num_gpus = int(options.get("ranks", "1"))
+    # After composition, which asks if the model can be split so: this engine does not mind.
+    job.parallel = ParallelConfig(ring=int(options.get("ranks", "1")))
     recipes = compose_recipes("render", overrides)
     open_output = open_store
     if "kill_at" in options or "edges" in options:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import LedgerEntry, WorkerSeat
-from pipeline.records.work import WorkItem
+from pipeline.records.parallel import ParallelLayout
+from pipeline.records.work import Offer, WorkItem
 from tests.unit.makers import FACTS, item
 
 PRICE = UnitPrice("p", 3600)  # type: ignore[arg-type] - a dollar a second keeps the sums readable
@@ -80,13 +82,18 @@ class MemoryLog:
 class Farm:
     """One run of a driver over a Ray pool."""
 
-    def __init__(self, prompts: list[str], factory: WorkerFactory, **plan: Any) -> None:
+    def __init__(
+        self, prompts: list[str], factory: WorkerFactory, *, offers: tuple[Offer, ...] = (), **plan: Any
+    ) -> None:
         now_ns = utc_clock()
-        settings = {"device": "cpu", "num_workers": 2, "start_timeout_s": 30.0, **plan}
+        layout, num_workers = ParallelLayout(plan.pop("num_ranks", 1)), plan.pop("num_workers", 2)
+        max_ranks = None if num_workers is None else num_workers * layout.num_gpus
+        settings = {"device": "cpu", "max_ranks": max_ranks, "start_timeout_s": 30.0, **plan}
         self.pool = RayPool(factory, WorkerPlan("run-1", price=PRICE, threads=1, **settings), now_ns)
         self.log = MemoryLog()
         self.stop = StopRequest()
-        self.items: list[WorkItem] = [item(index, prompt=prompt) for index, prompt in enumerate(prompts)]
+        items = [item(index, prompt=prompt) for index, prompt in enumerate(prompts)]
+        self.items: list[WorkItem] = [replace(each, layout=layout, offers=offers) for each in items]
         self.driver = Driver(
             queue=WorkQueue(self.items), pool=self.pool, log=self.log, facts=FACTS, admission=Admission(),
             stop=self.stop, counts=Counts(len(prompts), 0, 0), progress=Progress(io.StringIO()), now_ns=now_ns,

@@ -121,7 +121,7 @@ def test_a_cancelled_item_ends_on_all_four_ranks_and_their_gang_goes_on(farm: Ne
                 return event
         raise AssertionError(f"no {kind.__name__}")
 
-    pool.want(1)
+    pool.want({endless.layout: 1})
     pool.start()
     until(Freed)
     pool.submit(endless)

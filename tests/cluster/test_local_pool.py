@@ -18,6 +18,7 @@ from pipeline.cost.pricing import UnitPrice
 from pipeline.errors import Cancelled, Hang
 from pipeline.records.gang import Member
 from pipeline.records.outcome import Failed
+from pipeline.records.work import ALONE
 from tests.unit.makers import S, item, rendered, seat
 
 Do = Callable[[Assignment], None]
@@ -54,7 +55,7 @@ def test_a_worker_is_free_for_the_next_item_before_the_last_one_has_ended() -> N
     open_ends: list[Assignment] = []
     pool = pool_that(open_ends.append)
     pool.submit(item(0))
-    while pool.num_free() == 0:
+    while pool.num_free(ALONE) == 0:
         first(pool, Freed)
     pool.submit(item(1))
     while len(open_ends) < 2:
@@ -70,7 +71,7 @@ def test_an_item_that_is_to_be_alone_waits_for_the_others_and_lets_none_begin() 
     begun: list[Assignment] = []
     pool = pool_that(begun.append)
     pool.submit(item(0))
-    while pool.num_free() == 0:
+    while pool.num_free(ALONE) == 0:
         first(pool, Freed)
     pool.submit(replace(item(1), alone=True))
     list(events_of(pool, 0.2))
@@ -78,11 +79,11 @@ def test_an_item_that_is_to_be_alone_waits_for_the_others_and_lets_none_begin() 
     begun[0].end(rendered(begun[0].item))
     first(pool, Finished)
     list(events_of(pool, 0.2))
-    assert [each.item.request.id for each in begun] == ["row-0", "row-1"] and pool.num_free() == 0
+    assert [each.item.request.id for each in begun] == ["row-0", "row-1"] and pool.num_free(ALONE) == 0
     begun[1].end(rendered(begun[1].item))
     first(pool, Finished)
     first(pool, Freed)
-    assert pool.num_free() == 1
+    assert pool.num_free(ALONE) == 1
     pool.stop(abandon=False)
 
 

@@ -71,7 +71,7 @@ def test_written_files_are_staged_and_render(
     (conf / "tiny.json").write_text(json.dumps(parts))
     monkeypatch.setattr(jobs.bench, "CONF", tmp_path / "conf")
     model = ModelConfig("tiny_random", str(tmp_path / "m"), CHECKPOINT, TEXT_ENCODER, SPATIAL_UPSCALER,
-                        size=DenoiserSize(2, 64, 32, 128))  # fmt: skip
+                        size=DenoiserSize(2, 64, 32, 128, num_heads=4, num_audio_heads=4))  # fmt: skip
     job = BenchJob(model=model, folder=model.folder)
     assert jobs.bench.write(job, [], []) == 0
     sidecar = (tmp_path / "m" / "fingerprint.tiny_random.json").read_text()

@@ -45,7 +45,9 @@ def nano_model(nano_folder: Path) -> ModelConfig:
         text_encoder=TEXT_ENCODER,
         spatial_upscaler=SPATIAL_UPSCALER,
         adapters={"distilled": DISTILLED_ADAPTER},
-        size=DenoiserSize(num_layers=2, video_width=64, audio_width=32, text_tokens=128),
+        size=DenoiserSize(
+            num_layers=2, video_width=64, audio_width=32, text_tokens=128, num_heads=4, num_audio_heads=4
+        ),
     )
 
 

@@ -36,7 +36,7 @@ from pipeline.storage.manifest import open_manifest
 SIZES = ((1920, 1080), (1280, 704), (768, 512), (512, 768))
 LENGTHS = (49, 97, 121)
 SCENERY = "a slow dolly shot through fog over a harbour at dawn, gulls crying, ropes creaking, low sun on wet planks"
-FACTS = RunFacts("20261119T210000-aaaaaa", "nano", "f" * 64, "exact", "single")
+FACTS = RunFacts("20261119T210000-aaaaaa", "nano", "f" * 64, "exact")
 VIDEO = b"video"
 BATCH = 20_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from pipeline.cluster.progress import Counts, Progress
 from pipeline.cost.meter import utc_clock
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
+from pipeline.planning.timetable import Fleet
 from pipeline.records.outcome import LedgerEntry, WorkerSeat
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 from pipeline.storage.local_store import LocalStore
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, read_events, read_run
@@ -38,7 +40,10 @@ class InstantPool:
 
     def start(self) -> None: ...
 
-    def want(self, num_workers: int, num_spare: int = 0) -> None: ...
+    def want(self, workers: Mapping[ParallelLayout, int], num_spare: int = 0) -> None: ...
+
+    def fleet(self) -> Fleet:
+        return Fleet(NUM_WORKERS, 1)
 
     def cancel(self, item: WorkItem) -> None: ...
 
@@ -46,7 +51,7 @@ class InstantPool:
 
     def stop(self, *, abandon: bool) -> None: ...
 
-    def num_free(self) -> int:
+    def num_free(self, layout: ParallelLayout) -> int:
         return NUM_WORKERS - len(self._events)
 
     def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:

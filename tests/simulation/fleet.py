@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 
+from pipeline.cluster.balance import Balance, Standing
 from pipeline.cluster.pool import Finished, Freed, Held, PoolEvent, WorkerGone
 from pipeline.planning.policy import silence_limit_s
+from pipeline.planning.timetable import Fleet
 from pipeline.records.outcome import Failed, LedgerEntry, Rendered, Timings, WorkerSeat, ledger_entry
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 from tests.unit.makers import S, asset
 
@@ -54,6 +57,8 @@ class Group:
     """One gang of GPUs, and what it does since when."""
 
     number: int
+    layout: ParallelLayout
+    node: str
     slowness: float
     asked_s: float
     born: int = 0
@@ -72,10 +77,10 @@ class Group:
 
 @dataclass
 class SimulatedPool:
-    """`num_groups` groups of `num_ranks` GPUs, at most."""
+    """Gangs on `num_nodes` nodes of `gpus_per_node` GPUs, moved as `pipeline/cluster/balance.py` says."""
 
-    num_groups: int
-    num_ranks: int
+    num_nodes: int
+    gpus_per_node: int
     weather: Weather
     generator: random.Random
     now_s: float = 0.0
@@ -83,12 +88,19 @@ class SimulatedPool:
     _out: deque[PoolEvent] = field(default_factory=deque)
     _groups: list[Group] = field(default_factory=list)
     _past: list[Group] = field(default_factory=list)
-    _free: dict[int, Group] = field(default_factory=dict)
+    _free: dict[ParallelLayout, dict[int, Group]] = field(default_factory=dict)
     _closed: list[LedgerEntry] = field(default_factory=list)
     _seats: list[WorkerSeat] = field(default_factory=list)
     _count: int = 0
-    _wanted: int = 0
-    _dark: int = 0
+    _wanted: Mapping[ParallelLayout, int] = field(default_factory=dict)
+    _num_spare: int = 0
+    # GPUs of each node that were taken away.
+    _dark: Counter[str] = field(default_factory=Counter)
+    # What the last moves were made for: nothing moves until that has changed.
+    _moved_for: object = None
+    _num_changes: int = 0
+    _num_room_changes: int = 0
+    _held: Counter[ParallelLayout] = field(default_factory=Counter)
     _is_started: bool = False
 
     def now_ns(self) -> int:
@@ -96,28 +108,67 @@ class SimulatedPool:
 
     def start(self) -> None:
         self._is_started = True
-        self.want(self._wanted)
+        self._move()
 
-    def want(self, num_workers: int, num_spare: int = 0) -> None:
-        self._wanted = num_workers
-        if not self._is_started:
-            return
-        while len(self._groups) + self._dark < min(self.num_groups, num_workers):
-            self._ask()
-        for group in list(self._free.values()):
-            if len(self._groups) <= num_workers + num_spare:
-                break
-            self._release(group)
+    def want(self, workers: Mapping[ParallelLayout, int], num_spare: int = 0) -> None:
+        self._wanted, self._num_spare = workers, num_spare
+        if self._is_started:
+            self._move()
 
-    def num_free(self) -> int:
-        return len(self._free) if self._is_started else 1
+    def fleet(self) -> Fleet:
+        held = {layout: num for layout, num in self._held.items() if num}
+        return Fleet(self.num_nodes * self.gpus_per_node, self.gpus_per_node, self.weather.load_s, held)
+
+    def _move(self) -> None:
+        most = {layout: self.num_nodes * (self.gpus_per_node // layout.num_gpus) for layout in self._wanted}
+        wanted = {layout: min(num, most[layout]) for layout, num in self._wanted.items()}
+        while self._moved_for != (now_for := self._moving_facts(wanted)):
+            self._moved_for = now_for
+            by_name = {str(group.number): group for group in self._groups if not group.is_leaving}
+            standing = [
+                Standing(name, group.layout, group.node, self._is_idle(group), self._is_idle(group))
+                for name, group in by_name.items()
+            ]
+            # Of a group that leaves, its machine is gone already.
+            nodes = {f"n{i}": self.gpus_per_node - self._dark[f"n{i}"] for i in range(self.num_nodes)}
+            moves = Balance(standing, {}, nodes, wanted, num_spare=self._num_spare).moves()
+            for name in moves.give_back:
+                self._release(by_name[name])
+            held = Counter[str]()
+            for group in self._groups:
+                if not group.is_leaving:
+                    held[group.node] += group.layout.num_gpus
+            for layout in moves.start:
+                fitting = [node for node, size in nodes.items() if size - held[node] >= layout.num_gpus]
+                if fitting:
+                    node = min(fitting, key=lambda node: nodes[node] - held[node])
+                    held[node] += layout.num_gpus
+                    self._ask(layout, node)
+
+    def _moving_facts(self, wanted: Mapping[ParallelLayout, int]) -> object:
+        """What moves depend on. Who is idle matters only where somebody may have to go."""
+        held = {layout: num for layout, num in self._held.items() if num}
+        someone_may_go = len(held.keys() | wanted.keys()) > 1 or any(
+            n > wanted.get(each, 0) for each, n in held.items()
+        )
+        return wanted, self._num_spare, self._num_room_changes, self._num_changes if someone_may_go else 0
+
+    def _note_room(self, layout: ParallelLayout, num_more: int) -> None:
+        self._held[layout] += num_more
+        self._num_room_changes += 1
+
+    def _is_idle(self, group: Group) -> bool:
+        return group.number in self._free.get(group.layout, {})
+
+    def num_free(self, layout: ParallelLayout) -> int:
+        return len(self._free.get(layout, {}))
 
     def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:
-        _, group = self._free.popitem()
+        _, group = self._free[item.layout].popitem()
         self._book(group, "idle", None)
         group.item, group.since_s = item, self.now_s
         harm = harm_of(item, self.weather)
-        seconds = item.estimate.gpu_seconds * group.slowness * self.generator.lognormvariate(0, self.weather.jitter)
+        seconds = item.estimate.clip_s * group.slowness * self.generator.lognormvariate(0, self.weather.jitter)
         born = group.born
         if harm == "killer":
             self._at(
@@ -167,15 +218,16 @@ class SimulatedPool:
 
     def held_gpu_s(self) -> float:
         """GPU-seconds from each group's request to its release."""
-        return self.num_ranks * sum((group.released_s or self.now_s) - group.asked_s for group in self._past)
+        return sum(group.layout.num_gpus * ((group.released_s or self.now_s) - group.asked_s) for group in self._past)
 
     def _at(self, in_s: float, happen: Callable[[], None]) -> None:
         self._count += 1
         heapq.heappush(self._events, (self.now_s + in_s, self._count, happen))
 
-    def _ask(self) -> None:
+    def _ask(self, layout: ParallelLayout, node: str) -> None:
         slow = self.generator.random() < self.weather.slow_groups
-        group = Group(self._count, self.weather.slow_factor if slow else 1.0, self.now_s)
+        group = Group(self._count, layout, node, self.weather.slow_factor if slow else 1.0, self.now_s)
+        self._num_changes += 1
         group.booked_s = self.now_s
         self._groups.append(group)
         self._past.append(group)
@@ -196,7 +248,8 @@ class SimulatedPool:
         if group.is_leaving:
             self._release(group)
         else:
-            self._free[group.number] = group
+            self._free.setdefault(group.layout, {})[group.number] = group
+            self._num_changes += 1
             self._out.append(Freed())
 
     def _if_same(self, group: Group, born: int, happen: Callable[[], None]) -> None:
@@ -244,19 +297,23 @@ class SimulatedPool:
         if group.released_s is not None:
             return
         group.is_leaving = True
-        self._dark += 1
-        self._at(self.weather.notice_s + self.weather.back_after_s, self._return)
-        if group.number in self._free:
+        self._note_room(group.layout, -1)
+        self._dark[group.node] += group.layout.num_gpus
+        self._at(self.weather.notice_s + self.weather.back_after_s, partial(self._return, group))
+        if self._is_idle(group):
             self._release(group)
         else:
             self._at(self.weather.notice_s, lambda: self._lose(group, "preempted", "Preempted"))
 
-    def _return(self) -> None:
-        self._dark -= 1
-        self.want(self._wanted)
+    def _return(self, group: Group) -> None:
+        self._dark[group.node] -= group.layout.num_gpus
+        self._note_room(group.layout, 0)
+        self._move()
 
     def _release(self, group: Group) -> None:
-        self._free.pop(group.number, None)
+        self._free.get(group.layout, {}).pop(group.number, None)
+        if not group.is_leaving:
+            self._note_room(group.layout, -1)
         self._book(group, "idle" if group.is_ready else "weight_load", None)
         group.released_s = self.now_s
         self._groups.remove(group)
@@ -269,7 +326,7 @@ class SimulatedPool:
         group.booked_s = self.now_s
         if total_ns <= 0:
             return
-        for rank in range(self.num_ranks):
+        for rank in range(group.layout.num_gpus):
             seat = group.seat(rank)
             at_ns, share = t0_ns, 0.0
             for name, part in spans:

@@ -24,6 +24,7 @@ from pipeline.cost.allocation import Allocation, allocate
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import LedgerEntry, WorkerSeat
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 from tests.simulation.fleet import USD_PER_GPU_S, SimulatedPool, Weather, harm_of
 from tests.unit.makers import FACTS, S, item
@@ -56,14 +57,17 @@ class CountingLog:
         return (sum(self.t1_ns.values()) - sum(self.t0_ns.values())) / S
 
 
-def manifest(num_rows: int, generator: random.Random) -> list[WorkItem]:
+def manifest(num_rows: int, num_ranks: int, generator: random.Random) -> list[WorkItem]:
     template = item(0)
     seconds, weights = zip(*SHAPES, strict=True)
+    layout = ParallelLayout(num_ranks)
     items = []
     for index, predicted_s in enumerate(generator.choices(seconds, weights, k=num_rows)):
         request = replace(template.request, id=f"row-{index}", row_index=index)
-        estimate = replace(template.estimate, gpu_seconds=predicted_s, longest_step_s=predicted_s / 11)
-        items.append(WorkItem(request, f"{index:064d}", estimate))
+        estimate = replace(
+            template.estimate, gpu_seconds=num_ranks * predicted_s, longest_step_s=predicted_s / 11, num_gpus=num_ranks
+        )
+        items.append(WorkItem(request, f"{index:064d}", estimate, layout=layout))
     return items
 
 
@@ -72,7 +76,7 @@ class Night:
 
     def __init__(self, num_rows: int, num_groups: int, num_ranks: int, weather: Weather, seed: int = 20261120) -> None:
         generator = random.Random(seed)
-        self.items = manifest(num_rows, generator)
+        self.items = manifest(num_rows, num_ranks, generator)
         self.pool = SimulatedPool(num_groups, num_ranks, weather, generator)
         self.log = CountingLog()
         driver = Driver(
@@ -86,8 +90,8 @@ class Night:
         self.statuses = Counter(row["status"] for row in self.ending.rows)
         self.allocation: Allocation = allocate(self.ending.charges, self.ending.rendered_attempts, self.ending.wasted)
         self.bound_s = weather.load_s + max(
-            sum(work.estimate.gpu_seconds for work in self.items) / num_groups,
-            max(work.estimate.gpu_seconds for work in self.items),
+            sum(work.estimate.clip_s for work in self.items) / num_groups,
+            max(work.estimate.clip_s for work in self.items),
         )
 
     def report(self) -> dict[str, Any]:

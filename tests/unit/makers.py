@@ -13,7 +13,7 @@ RULES = RecipeRules("two_stage", 192, 128, 25, 24.0, 64, True)
 STRICT = RecipeRules("no_crop", 192, 128, 25, 24.0, 64, False)
 RECIPES = {rules.name: rules for rules in (RULES, STRICT)}
 LIMITS = RequestLimits(max_side_px=4096, max_duration_s=20.0)
-FACTS = RunFacts("run-1", "nano", "f" * 64, "exact", "single")
+FACTS = RunFacts("run-1", "nano", "f" * 64, "exact")
 S = 1_000_000_000
 
 

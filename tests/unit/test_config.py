@@ -50,7 +50,10 @@ def refused(*arguments: str) -> str:
         ("recipe.clip.fps=nan", "clip.fps must be between 1 and 240, got nan"),
         ("limit=-1", "limit must be 0 or more, got -1"),
         ("budget_usd=nan", "budget_usd must be a number of dollars"),
-        ("parallel.num_gpus=4", "parallel.num_gpus must be 1, got 4"),
+        ("parallel=ulysses2", "parallel must be single or auto in one process, got ulysses2; use cluster=local"),
+        ("parallel.ulysses=0", "parallel.ulysses must be 1 or more, got 0"),
+        ("cluster.gpus_per_node=0", "cluster.gpus_per_node must be 1 or more, got 0"),
+        ("cluster.assumed_link_gb_per_s=0", "cluster.assumed_link_gb_per_s must be above 0"),
         ("precision.kernels=fastest", "precision.kernels must be fused or reference"),
         ("cluster.device=tpu", "cluster.device must be auto, cpu or cuda, got 'tpu'"),
         ("pricing.gpu.observed_at=may", "observed_at must be a date, got 'may'"),
@@ -59,6 +62,24 @@ def refused(*arguments: str) -> str:
 )
 def test_a_wrong_setting_is_refused_in_one_line(argument: str, message: str) -> None:
     text = refused(argument)
+    assert message in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=ltx2_19b_distilled", "parallel.ulysses=3"], "divide the model's 32 heads, got 3; use one of [1, 2, 4"),
+        (["parallel=ulysses8"], "must divide the model's 4 heads, got 8; use one of [1, 2, 4]"),
+        (["parallel=tensor4", "parallel.ulysses=2"], "must divide the model's 4 heads, got 8"),
+        (["parallel=guidance2"], "parallel.guidance must be at most the predictions of a step, got 2 for recipe "
+                                 "distilled_two_stage; use 1"),
+        (["parallel.guidance=8", "recipe=full_two_stage"], "got 8 for recipe full_two_stage; use 1 to 4"),
+        (["parallel=ulysses4", "cluster.gpus_per_node=2"], "must fit one node, got ulysses4 of 4 GPUs for nodes of 2"),
+        (["parallel=auto", "parallel.tensor=2"], "parallel.auto must be false beside degrees, got tensor2"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_be_is_refused_with_what_can(arguments: list[str], message: str) -> None:
+    text = refused("cluster=local", *arguments)
     assert message in text and "\n" not in text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,9 @@ from pipeline.cluster.progress import Counts, Progress
 from pipeline.errors import CheckpointMismatch, Interrupted, StorageFull
 from pipeline.planning.policy import Admission
 from pipeline.planning.queue import WorkQueue
+from pipeline.planning.timetable import Fleet
 from pipeline.records.outcome import Failed, LedgerEntry, Outcome, WorkerSeat, commit_record, rendered_row
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 from tests.unit.makers import FACTS, S, entry, item, rendered, seat
 
@@ -39,11 +41,14 @@ class ScriptedPool:
     def start(self) -> None:
         self.started = True
 
-    def num_free(self) -> int:
+    def num_free(self, layout: ParallelLayout) -> int:
         return 0 if self.events else 1
 
-    def want(self, num_workers: int, num_spare: int = 0) -> None:
-        self.wanted.append(num_workers)
+    def fleet(self) -> Fleet:
+        return Fleet(1, 1)
+
+    def want(self, workers: Mapping[ParallelLayout, int], num_spare: int = 0) -> None:
+        self.wanted.append(sum(workers.values()))
 
     def cancel(self, item: WorkItem) -> None:
         self.cancelled.append(item)
@@ -276,7 +281,7 @@ class Farm:
             super().__init__(succeeds)
             self.farm, self.free = farm, num_workers
 
-        def num_free(self) -> int:
+        def num_free(self, layout: ParallelLayout) -> int:
             return self.free if self.started else 1
 
         def submit(self, item: WorkItem, upcoming: Sequence[WorkItem] = ()) -> None:

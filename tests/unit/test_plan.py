@@ -16,6 +16,7 @@ from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.intake import Intake
 from pipeline.planning.plan import Planner
+from pipeline.planning.spread import Machine
 from tests.unit.makers import LIMITS
 
 
@@ -34,7 +35,7 @@ def planner(recipe: RecipeConfig) -> Planner:
         model=ModelConfig(),
         fingerprint="f",
         limits=LIMITS,
-        estimator=Estimator(DenoiserSize(), 400.0, UnitPrice("p", Decimal("3.6"))),
+        estimator=Estimator(DenoiserSize(), Machine(400.0, 249.0), UnitPrice("p", Decimal("3.6"))),
     )
 
 

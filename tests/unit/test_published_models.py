@@ -65,6 +65,8 @@ def test_sizes_are_those_of_the_metadata(name: str) -> None:
     assert model.size.video_width == transformer["num_attention_heads"] * transformer["attention_head_dim"]
     assert model.size.audio_width == audio_heads * transformer.get("audio_attention_head_dim", 0)
     assert model.size.has_audio == (audio_heads > 0)
+    heads = (transformer["num_attention_heads"], audio_heads) if audio_heads else (transformer["num_attention_heads"],)
+    assert model.size.heads == heads
 
 
 @pytest.mark.parametrize("name", [*NAMES, "nano"])

@@ -14,15 +14,16 @@ from pipeline.cluster.worker_group import Rank, WorkerGroup
 from pipeline.cluster.worker_plan import WorkerPlan
 from pipeline.cost.pricing import UnitPrice
 from pipeline.errors import PipelineError
+from pipeline.records.work import ALONE
 
-PLAN = WorkerPlan("run-1", "cpu", UnitPrice("p", Decimal(1)), threads=1, num_workers=None, start_timeout_s=60.0)
+PLAN = WorkerPlan("run-1", "cpu", UnitPrice("p", Decimal(1)), threads=1, max_ranks=None, start_timeout_s=60.0)
 
 
 def group(*, asked_s: float, is_placed: bool = False, node: str = "node-a") -> WorkerGroup:
     rank = Rank(0, "cpu-0", None)
     if is_placed:
         rank.hello = Hello(Process(1, "1"), node, "host", 0, 0, ())
-    return WorkerGroup("group-0", [rank], None, PLAN, asked_s)
+    return WorkerGroup("group-0", ALONE, [rank], None, PLAN, asked_s)
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +51,9 @@ def test_while_one_has_a_place_the_others_may_wait_and_that_is_said_once(caplog:
 
 def test_spoilt_places_are_not_counted_and_none_may_be_left() -> None:
     room = Room(PLAN)
-    assert room.most({}, 0.0) == 2 and not room.is_none_left({})
+    assert room.nodes({}, 0.0) == {"node-a": 1, "node-b": 1} and not room.is_none_left({})
     room.spoil(group(asked_s=0.0, is_placed=True))
-    assert room.most({}, 0.1) == 1 and not room.is_none_left({})
+    assert room.nodes({}, 0.1) == {"node-a": 0, "node-b": 1} and not room.is_none_left({})
     assert room.is_none_left({"node-b": 0}), "the other node is about to go"
     room.spoil(group(asked_s=0.0, is_placed=True, node="node-b"))
-    assert room.most({}, 0.2) == 1, "one is always asked for"
     assert room.is_none_left({})

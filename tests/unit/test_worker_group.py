@@ -13,17 +13,18 @@ from pipeline.cluster.worker_group import LAST_MOMENT_S, Rank, WorkerGroup
 from pipeline.cluster.worker_plan import WorkerPlan
 from pipeline.cost.pricing import UnitPrice
 from pipeline.errors import CheckpointMismatch
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import WorkItem
 from tests.unit.makers import item, rendered
 
-PLAN = WorkerPlan("run-1", "cpu", UnitPrice("p", Decimal(1)), threads=1, num_workers=1, start_timeout_s=60.0,
-                  num_ranks=2, hang_after_s=60.0, load_timeout_s=1800.0)  # fmt: skip
+PLAN = WorkerPlan("run-1", "cpu", UnitPrice("p", Decimal(1)), threads=1, max_ranks=2, start_timeout_s=60.0,
+                  hang_after_s=60.0, load_timeout_s=1800.0)  # fmt: skip
 IDLE = Report((), None, (), None, is_ready=True, num_taken=0, is_free=True, signs=())
 
 
 def group_of(plan: WorkerPlan = PLAN) -> WorkerGroup:
-    ranks = [Rank(index, f"cpu-{index}", None) for index in range(plan.num_ranks)]
-    group = WorkerGroup("group-0", ranks, None, plan, asked_s=0.0)
+    ranks = [Rank(index, f"cpu-{index}", None) for index in range(2)]
+    group = WorkerGroup("group-0", ParallelLayout(2), ranks, None, plan, asked_s=0.0)
     for rank in ranks:
         rank.hello = Hello(Process(1, "1"), "node", "host", 0, 0, ())
     group.has_begun = True
