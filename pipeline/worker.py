@@ -12,8 +12,7 @@ import logging
 import resource
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -23,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.accord import CANCELLED
 from pipeline.attempt import Attempt
 from pipeline.cluster.assignment import Assignment, signs_of_life
-from pipeline.config.recipe import RecipeConfig, resolve
 from pipeline.cost.meter import Meter
-from pipeline.errors import Cancelled, DeviceBroken, EngineFault, InvalidRequest, PipelineError, UsageError, fault_of
+from pipeline.errors import Cancelled, DeviceBroken, EngineFault
 from pipeline.media.frame_buffer import FrameBuffer
 from pipeline.media.mux import EncodeReport, EncodeSettings, write_clip
 from pipeline.media.probe import ClipFacts, check_clip, probe_clip
@@ -44,46 +43,45 @@ from pipeline.records.outcome import (
     commit_record,
 )
 from pipeline.records.work import WorkItem
-from pipeline.storage.adapters import local_adapter
+from pipeline.rendering import BEAT_EVERY_S, Renderer, failure, vote_of
 from pipeline.storage.assets import AssetStore, Published
-from pipeline.storage.filesystem import storage_error
 from pipeline.storage.patience import Patience
 from pipeline.storage.store import Store
 
 if TYPE_CHECKING:
     # The engine is handed in: whoever hands in another one (tests/chaos) need not load torch.
-    from pipeline.engine.engine import RenderEngine, Streams
+    from pipeline.engine.engine import Streams
 
 log = logging.getLogger(__name__)
 
 # Decoded frames that wait for the encoder: a clip of 1920x1088 and 121 frames has 0.76 GB.
 MAX_BUFFERED_BYTES = 2 << 30
-BEAT_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
-class ClipRecipe:
-    """What the engine follows, and what the file is written with."""
+class ClipFiles:
+    """What a clip's files are written with."""
 
-    recipe: RecipeConfig
     encode: EncodeSettings
     thumbnail_quality: int
 
 
 @dataclass(frozen=True)
 class ClipWorker:
-    """A ready worker: an engine that holds its model, a store, a meter. Executes one item at a time."""
+    """A ready worker, or the rank that leads one: an engine that holds its model, a store, a meter.
 
-    engine: RenderEngine
+    Executes one item at a time.
+    """
+
+    renderer: Renderer
     store: Store
     # How long the store may be away before an attempt is given up for it.
     patience_s: float
     # A local folder for files that are not finished.
     scratch: Path
-    # Where copies of adapters from elsewhere are kept.
-    cache: Path
     meter: Meter
-    recipes: Mapping[str, ClipRecipe]
+    # By the name of the recipe.
+    files: Mapping[str, ClipFiles]
     facts: RunFacts
     now_ns: Callable[[], int]
     # The most device memory in use since the last call, in bytes; None where there is no device.
@@ -101,17 +99,18 @@ class ClipWorker:
         item = assignment.item
         stem = self.scratch / f"{item.key[:12]}.{item.attempt}"
         attempt = Attempt(assignment, self.meter, self.now_ns, stem, self.now_ns(), self._patient_store(assignment))
+        accord = self.renderer.accord_on(assignment, attempt.enter)
         buffer = FrameBuffer(MAX_BUFFERED_BYTES)
         has_finisher = False
         try:
             attempt.enter("text_encode")
             # Another driver, or a worker of one that died, may have committed it since the plan.
             if self.resume and (standing := attempt.store.standing(item.key)) is not None:
+                accord.refuse(CANCELLED)
                 assignment.end(self._adopted(attempt, standing))
                 return
-            self._fetch_ahead(assignment.upcoming)
             self.take_peak_gpu_bytes()
-            streams = self._rendering(attempt)
+            streams = self.renderer.start(assignment, accord)
             self._await_turn(attempt)
             self._start_finishing(attempt, streams, buffer)
             has_finisher = True
@@ -119,11 +118,12 @@ class ClipWorker:
         except DeviceBroken:
             raise  # the worker's own end: whatever it tried next would fail too
         except Exception as error:  # noqa: BLE001 - one row's bug must not end the night for the others
+            accord.refuse(vote_of(error))
             if has_finisher:
                 buffer.complete(error)
             else:
                 self.meter.forget(item.request.id, item.attempt)
-                assignment.end(self._failed(attempt, error))
+                assignment.end(failure(item, error, attempt.started_ns, self.now_ns()))
         finally:
             attempt.leave_device()
             attempt.peak_gpu_bytes = self.take_peak_gpu_bytes()
@@ -149,22 +149,6 @@ class ClipWorker:
             prompt=standing["prompt"],
             adopted_from=standing["run_id"],
             adopted_attempt=standing["attempt"],
-        )
-
-    def _rendering(self, attempt: Attempt) -> Streams:
-        """Everything of the device's half but for decoding the picture."""
-        item = attempt.item
-        with signs_of_life(attempt.assignment, "text_encode", BEAT_EVERY_S):
-            adapters = self._own_adapters(item)
-        recipe = resolve(self.recipes[item.request.recipe].recipe, **item.request.wishes.overrides())
-        self._encode_ahead(item, attempt.assignment.upcoming)
-        return self.engine.render(
-            item.request,
-            recipe,
-            attempt.enter,
-            adapters,
-            on_step=attempt.assignment.beat,
-            memory_rung=item.memory_rung,
         )
 
     def _await_turn(self, attempt: Attempt) -> None:
@@ -204,7 +188,7 @@ class ClipWorker:
         try:
             outcome: Rendered | Failed = self._finished(attempt, streams, buffer)
         except Exception as error:  # noqa: BLE001 - as in `execute`
-            outcome = self._failed(attempt, error)
+            outcome = failure(item, error, attempt.started_ns, self.now_ns())
         finally:
             buffer.abandon()
             for suffix in (".mp4", ".jpg", ".theirs.mp4"):
@@ -215,23 +199,8 @@ class ClipWorker:
             self._finishing.release()
         attempt.assignment.end(outcome)
 
-    def _failed(self, attempt: Attempt, error: Exception) -> Failed:
-        item = attempt.item
-        if isinstance(error, OSError):
-            error = storage_error(error, f"writing the clip of row {item.request.id}")
-        elif not isinstance(error, PipelineError):
-            log.error("row failed", exc_info=error, extra={"facts": {"id": item.request.id}})
-        return Failed(
-            item=item,
-            error_class=type(error).__name__,
-            error_message=str(error) or traceback.format_exception_only(error)[-1].strip(),
-            fault=fault_of(error),
-            started_ns=attempt.started_ns,
-            finished_ns=self.now_ns(),
-        )
-
     def _finished(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> Rendered:
-        item, clip = attempt.item, self.recipes[attempt.item.request.recipe]
+        item, files = attempt.item, self.files[attempt.item.request.recipe]
         video, thumbnail = (_with_suffix(attempt.stem, suffix) for suffix in (".mp4", ".jpg"))
         sample_rate_hz = streams.sample_rate_hz or 0
         attempt.enter_host("encode")
@@ -242,11 +211,11 @@ class ClipWorker:
             fps=item.request.fps,
             num_frames=item.request.num_frames,
             sample_rate_hz=sample_rate_hz,
-            settings=clip.encode,
+            settings=files.encode,
         )
         # The store's client ends what stands still; what moves may take its time.
         with signs_of_life(attempt.assignment, "upload", BEAT_EVERY_S):
-            write_thumbnail(thumbnail, written.first_frame, quality=clip.thumbnail_quality)
+            write_thumbnail(thumbnail, written.first_frame, quality=files.thumbnail_quality)
             facts = self._checked(video, item, sample_rate_hz)
             attempt.enter_host("upload")
             return self._committed(attempt, streams, written, facts)
@@ -277,37 +246,6 @@ class ClipWorker:
             attempt.store.discard(poster)
         timings = attempt.timings(written.encode_busy_s, time.monotonic() - since_s)
         return replace(settled, timings=timings, finished_ns=self.now_ns())
-
-    def _own_adapters(self, item: WorkItem) -> list[tuple[Path, float]]:
-        """The row's own adapters (file, strength). What is wrong with them is wrong with the row, not with the job."""
-        uses = item.request.wishes.adapters
-        try:
-            adapters = [(local_adapter(use.uri, use.sha256, self.cache), use.strength) for use in uses]
-            if adapters:
-                self.engine.fused.check(adapters)
-        except UsageError as error:
-            raise InvalidRequest((f"loras and camera must be adapters that fit the model: {error}",)) from error
-        return adapters
-
-    def _encode_ahead(self, item: WorkItem, upcoming: Sequence[WorkItem]) -> None:
-        """Where the text encoder waits on the host, encode the prompts of several items while it is on the device."""
-        if self.engine.text_waits:
-            clips = [work.request for work in (item, *upcoming)]
-            with suppress(Exception):  # said when it is that item's turn, whatever it is
-                # One that shall be enhanced is not known yet.
-                self.engine.prefetch_texts([clip.prompt for clip in clips if not clip.wishes.enhance_prompt])
-
-    def _fetch_ahead(self, upcoming: Sequence[WorkItem]) -> None:
-        """Fetch the adapters of items that may come next, while the device works for this one."""
-        uses = [use for item in upcoming for use in item.request.wishes.adapters]
-
-        def fetch() -> None:
-            for use in uses:
-                with suppress(PipelineError):  # said when it is that item's turn
-                    local_adapter(use.uri, use.sha256, self.cache)
-
-        if uses:
-            threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
 
     def _checked(self, video: Path, item: WorkItem, sample_rate_hz: int) -> ClipFacts:
         """The facts read back from a file that is exactly what was asked for; EngineFault if it is not."""

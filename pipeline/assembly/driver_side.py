@@ -149,12 +149,10 @@ def _lasting_objects() -> Iterator[None]:
 
 
 def _build_worker(brief: WorkerBrief, meter: Meter, member: Member) -> Worker:
-    if member.num_ranks > 1:
-        raise UsageError(f"parallel must be single, got {member.layout.name}: the renderer is for one device a clip")
     # Imported where it is called: this is what loads torch, and only a worker needs it.
     from pipeline.assembly.worker_side import build_worker
 
-    return build_worker(brief, meter)
+    return build_worker(brief, meter, member)
 
 
 @dataclass

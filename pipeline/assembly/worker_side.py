@@ -1,4 +1,4 @@
-"""The composition root of a worker: configuration to one ready `ClipWorker`. Importing this module loads torch."""
+"""The composition root of a worker, or of a rank of one: configuration to what executes items. Loads torch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,32 @@ from pathlib import Path
 import torch
 
 from kernels.ops import OpSet, device_ops, fused_ops, with_block_sparse_attention
+from pipeline.accord import alone
 from pipeline.assembly.brief import WorkerBrief
 from pipeline.config.model import PrecisionConfig
-from pipeline.config.recipe import RecipeConfig
+from pipeline.config.recipe import EncodeConfig
 from pipeline.cost.meter import Meter
+from pipeline.engine.engine import RenderEngine
 from pipeline.engine.loading import MemoryBudget, load_engine
 from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
-from pipeline.records.parallel import ONE_GPU
+from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.parallel.consent import GangConsent
+from pipeline.parallel.guidance import SpreadPasses
+from pipeline.parallel.layout import RankGroups
+from pipeline.parallel.sequence import SequenceParallelDenoiser
+from pipeline.parallel.start import join
+from pipeline.parallel.tensor import TensorParallel
+from pipeline.records.gang import ALONE, Member
+from pipeline.records.parallel import ParallelLayout
+from pipeline.rendering import FollowingWorker, Renderer
 from pipeline.storage.models import local_copy
 from pipeline.storage.store import open_store
-from pipeline.worker import ClipRecipe, ClipWorker
+from pipeline.worker import ClipFiles, ClipWorker
 
 
-def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
-    """Load the model and return a worker that is ready for its first item.
+def build_worker(brief: WorkerBrief, meter: Meter, member: Member = ALONE) -> ClipWorker | FollowingWorker:
+    """Load the model, or this rank's part of it, and return what is ready for its first item.
 
     Raises UsageError (CheckpointMismatch) when the model's files are not what the configuration says.
     """
@@ -30,23 +41,21 @@ def build_worker(brief: WorkerBrief, meter: Meter) -> ClipWorker:
     job, device = brief.job, brief.device
     if job.cluster.gpu_memory_limit_gb is not None:
         _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
-    timeout_s = job.storage.answer_timeout_s
-    store = open_store(job.output, answer_timeout_s=timeout_s, is_exclusive=brief.is_exclusive)
-    model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
-    limit_gb = job.cluster.gpu_memory_limit_gb
-    budget = MemoryBudget(_free_gpu_bytes(limit_gb), brief.demands[ONE_GPU]) if device == "cuda" else None
-    ops = operations(job.precision, device)
-    engine = load_engine(model, job.precision, device=device, ops=ops, budget=budget)
-    if device == "cuda" and job.model.size.has_audio:
-        engine.denoiser.overlap_audio(torch.cuda.Stream())
+    is_gang = member.num_ranks > 1
+    groups = join(member, member.layout, device, job.cluster.load_timeout_s) if is_gang else None
+    engine = _load(brief, member.layout, groups)
+    consent = alone if groups is None else GangConsent()
+    renderer = Renderer(engine, brief.recipes, Path(job.model.cache), consent)
+    if not member.is_leader:
+        return FollowingWorker(renderer, meter, meter.now_ns)
+    store = open_store(job.output, answer_timeout_s=job.storage.answer_timeout_s, is_exclusive=brief.is_exclusive)
     return ClipWorker(
-        engine=engine,
+        renderer=renderer,
         store=store,
         patience_s=job.storage.patience_s,
         scratch=store.scratch(brief.facts.run_id),
-        cache=Path(job.model.cache),
         meter=meter,
-        recipes={name: _clip_recipe(recipe) for name, recipe in brief.recipes.items()},
+        files={name: _clip_files(recipe.encode) for name, recipe in brief.recipes.items()},
         facts=brief.facts,
         now_ns=meter.now_ns,
         take_peak_gpu_bytes=_take_peak_gpu_bytes if device == "cuda" else lambda: None,
@@ -67,6 +76,27 @@ def operations(precision: PrecisionConfig, device: str) -> OpSet:
             f"precision.attention=block_sparse must find nvidia-cudnn-frontend and nvidia-cutlass-dsl on a GPU, got: "
             f"{error}; install the extra `sparse` (pip install '.[sparse]') or use precision.attention=exact"
         ) from error
+
+
+def _load(brief: WorkerBrief, layout: ParallelLayout, groups: RankGroups | None) -> RenderEngine:
+    """The engine of one device, or of one of several: tensors are split first, then tokens, then predictions."""
+    job, device = brief.job, brief.device
+    model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
+    limit_gb = job.cluster.gpu_memory_limit_gb
+    budget = MemoryBudget(_free_gpu_bytes(limit_gb), brief.demands[layout]) if device == "cuda" else None
+    ops = operations(job.precision, device)
+    sharding = None
+    if groups is not None and groups.tensor.group is not None and groups.audio_tensor.group is not None:
+        sharding = TensorParallel(groups.tensor.group, groups.audio_tensor.group)
+    engine = load_engine(model, job.precision, device=device, ops=ops, budget=budget, sharding=sharding)
+    if device == "cuda" and job.model.size.has_audio:
+        engine.denoiser.overlap_audio(torch.cuda.Stream())
+    if groups is None:
+        return engine
+    assert isinstance(engine.denoiser, AudioVideoDenoiser), "it was just loaded"
+    spread = engine.denoiser
+    denoiser = SequenceParallelDenoiser(spread, groups, ops.attention_with_lse) if groups.tokens.size > 1 else spread
+    return replace(engine, denoiser=denoiser, spread=SpreadPasses(groups.guidance))
 
 
 def _limit_gpu_memory(limit_gb: float, device: str) -> None:
@@ -90,12 +120,11 @@ def _take_peak_gpu_bytes() -> int:
     return int(peak)
 
 
-def _clip_recipe(recipe: RecipeConfig) -> ClipRecipe:
-    encode = recipe.encode
+def _clip_files(encode: EncodeConfig) -> ClipFiles:
     settings = EncodeSettings(
         preset=encode.preset,
         crf=encode.crf,
         x264_threads=encode.x264_threads,
         audio_bitrate_kbps=encode.audio_bitrate_kbps,
     )
-    return ClipRecipe(recipe=recipe, encode=settings, thumbnail_quality=encode.thumbnail_quality)
+    return ClipFiles(encode=settings, thumbnail_quality=encode.thumbnail_quality)

@@ -45,10 +45,10 @@ class SequenceAxes:
 class RankGroups:
     """What one rank knows of the others.
 
-    `tokens` are all ranks with a part of the tokens, `sequence` the same by axis. `audio` are the same ranks again, in
-    groups of their own: on CUDA the audio stream's work is queued beside the video's, and of one communicator all
-    collectives come one after the other, in the order in which they were queued. Those of the video would wait for
-    audio that is not computed yet.
+    `tokens` are all ranks with a part of the tokens, `sequence` the same by axis. `audio` and `audio_tensor` are the
+    same ranks again, in groups of their own: on CUDA the audio stream's work is queued beside the video's, and of one
+    communicator all collectives come one after the other, in the order in which they were queued. Those of the video
+    would wait for audio that is not computed yet.
     """
 
     layout: ParallelLayout
@@ -57,6 +57,7 @@ class RankGroups:
     sequence: SequenceAxes
     audio: SequenceAxes
     tensor: Axis
+    audio_tensor: Axis
     guidance: Axis
 
     @property
@@ -67,7 +68,7 @@ class RankGroups:
     def axes(self) -> tuple[Axis, ...]:
         """Every axis, those of both streams apart."""
         split = (self.sequence.ring, self.sequence.ulysses, self.audio.ring, self.audio.ulysses)
-        return self.world, self.tokens, *split, self.tensor, self.guidance
+        return self.world, self.tokens, *split, self.tensor, self.audio_tensor, self.guidance
 
 
 def ranks_along(layout: ParallelLayout, *axes: str) -> list[tuple[int, ...]]:
@@ -108,5 +109,6 @@ def form_groups(layout: ParallelLayout, timeout: timedelta) -> RankGroups:
         sequence=SequenceAxes(along("ring"), along("ulysses")),
         audio=SequenceAxes(along("ring"), along("ulysses")),
         tensor=along("tensor"),
+        audio_tensor=along("tensor"),
         guidance=along("guidance"),
     )

@@ -9,14 +9,14 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from pipeline.accord import Consent, alone
 from pipeline.assembly.brief import WorkerBrief
-from pipeline.cluster.assignment import Assignment
 from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
 from pipeline.errors import OutOfMemory
@@ -24,8 +24,9 @@ from pipeline.media.mux import EncodeSettings
 from pipeline.records.gang import Member
 from pipeline.records.request import RenderRequest
 from pipeline.records.work import MEMORY_RUNGS
+from pipeline.rendering import FollowingWorker, Renderer
 from pipeline.storage.store import Store
-from pipeline.worker import ClipRecipe, ClipWorker
+from pipeline.worker import ClipFiles, ClipWorker
 
 SAMPLE_RATE_HZ = 24_000
 NUM_STEPS = 4
@@ -112,23 +113,6 @@ def do_harm(words: list[str], memory_rung: str) -> None:
             raise OutOfMemory(f"fits on the rung {words[1]} only, got {memory_rung}")
 
 
-@dataclass(frozen=True)
-class Follower:
-    """A rank that is not its gang's leader: it takes the same steps, and writes and answers nothing."""
-
-    engine: ColourEngine
-    recipes: Mapping[str, RecipeConfig]
-    meter: Meter
-
-    def execute(self, assignment: Assignment) -> None:
-        item = assignment.item
-        self.meter.enter("denoise", id=item.request.id, attempt=item.attempt)
-        recipe = self.recipes[item.request.recipe]
-        self.engine.render(item.request, recipe, lambda stage: None, on_step=assignment.beat)
-        self.meter.enter("idle")
-        assignment.end(None)
-
-
 def meeting_of(member: Member) -> Callable[[], None]:
     """An all_reduce over the gang's ranks, on gloo."""
     if member.num_ranks == 1:
@@ -147,26 +131,38 @@ def meeting_of(member: Member) -> Callable[[], None]:
 
 def build_colour_worker(
     step_s: float, open_output: Callable[..., Store], brief: WorkerBrief, meter: Meter, member: Member
-) -> ClipWorker | Follower:
+) -> ClipWorker | FollowingWorker:
     """As `assembly.worker_side.build_worker`, with the engine above."""
     meter.enter("weight_load")
     engine = ColourEngine(step_s, meeting_of(member))
-    if not member.is_leader:
-        return Follower(engine, brief.recipes, meter)
     settings = brief.job.storage
     store = open_output(brief.job.output, answer_timeout_s=settings.answer_timeout_s, is_exclusive=brief.is_exclusive)
+    scratch = store.scratch(brief.facts.run_id)
+    renderer = Renderer(
+        engine,  # type: ignore[arg-type] - what the worker uses of one
+        brief.recipes, scratch, consent_of(member),
+    )  # fmt: skip
+    if not member.is_leader:
+        return FollowingWorker(renderer, meter, meter.now_ns)
     return ClipWorker(
-        engine=engine,  # type: ignore[arg-type] - what the worker uses of one
+        renderer=renderer,
         store=store,
         patience_s=settings.patience_s,
-        scratch=store.scratch(brief.facts.run_id),
-        cache=store.scratch(brief.facts.run_id),
+        scratch=scratch,
         meter=meter,
-        recipes={name: ClipRecipe(recipe, ENCODE, 70) for name, recipe in brief.recipes.items()},
+        files={name: ClipFiles(ENCODE, 70) for name in brief.recipes},
         facts=brief.facts,
         now_ns=meter.now_ns,
         take_peak_gpu_bytes=lambda: None,
-        # A leader that took what is there already would leave its followers in a collective.
-        resume=brief.job.resume and member.num_ranks == 1,
+        resume=brief.job.resume,
         commits=brief.is_exclusive,
     )
+
+
+def consent_of(member: Member) -> Consent:
+    """The real one, once the ranks have met."""
+    if member.num_ranks == 1:
+        return alone
+    from pipeline.parallel.consent import GangConsent
+
+    return GangConsent()
