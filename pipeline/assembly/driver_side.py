@@ -32,7 +32,7 @@ from pipeline.cluster.pool import Pool, Worker
 from pipeline.cluster.progress import Counts, Progress, say
 from pipeline.config.cluster import Price
 from pipeline.config.jobs import RenderJob
-from pipeline.config.parallel import USUAL_GPUS_PER_NODE, guidance_misfit
+from pipeline.config.parallel import USUAL_GPUS_PER_NODE, guidance_misfit, tier_misfit
 from pipeline.config.recipe import RecipeConfig, Recipes
 from pipeline.config.tree import to_plain
 from pipeline.cost.allocation import allocate
@@ -113,7 +113,8 @@ def _menu(job: RenderJob, device: str) -> Menu:
     most = min(cluster.gpus_per_node or USUAL_GPUS_PER_NODE, cluster.num_workers or USUAL_GPUS_PER_NODE)
     card_gb = cluster.gpu_memory_limit_gb or cluster.gpu_memory_gb
     card_bytes = card_gb * 1e9 if card_gb is not None else smallest_gpu_bytes() if device == "cuda" else None
-    return Menu(layouts_up_to(most, job.model.size), card_bytes)
+    layouts = layouts_up_to(most, job.model.size)
+    return Menu(tuple(layout for layout in layouts if not tier_misfit(layout, job.precision)), card_bytes)
 
 
 def make_plan(job: RenderJob, recipes: Recipes, fingerprint: str) -> tuple[Manifest, Plan]:

@@ -85,7 +85,7 @@ class RenderJob:
             require(ok, "run_id", "letters, digits, '.', '_' and '-'", self.run_id, "leave it out for a fresh one")
         levels = ("debug", "info", "warning", "error")
         require(self.log_level in levels, "log_level", ", ".join(levels), self.log_level, "use info")
-        require_layout_fits(self.parallel, self.model.size, self.recipe, self.cluster)
+        require_layout_fits(self.parallel, self.model.size, self.recipe, self.precision, self.cluster)
         self.deadline_ns  # noqa: B018 - parsed here so that a bad one is refused before anything starts
 
     @property

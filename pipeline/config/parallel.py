@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.cluster import ClusterConfig
-from pipeline.config.model import DenoiserSize
+from pipeline.config.model import DenoiserSize, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig
 from pipeline.errors import UsageError
 from pipeline.records.parallel import AXES, ParallelLayout
@@ -42,9 +42,13 @@ class ParallelConfig:
 
 
 def require_layout_fits(
-    parallel: ParallelConfig, size: DenoiserSize, recipe: RecipeConfig, cluster: ClusterConfig
+    parallel: ParallelConfig,
+    size: DenoiserSize,
+    recipe: RecipeConfig,
+    precision: PrecisionConfig,
+    cluster: ClusterConfig,
 ) -> None:
-    """UsageError if the model, the recipe or the cluster has no room for the degrees of `parallel`."""
+    """UsageError if the model, the recipe, the tier or the cluster has no room for the degrees of `parallel`."""
     layout = parallel.layout
     layout.require_fits(size.heads, cluster.gpus_per_node or max(USUAL_GPUS_PER_NODE, layout.num_gpus))
     if cluster.pool == "in_process" and layout.num_gpus > 1:
@@ -52,7 +56,8 @@ def require_layout_fits(
             f"parallel must be single or auto in one process, got {layout.name}; use cluster=local, which starts a "
             "process for each GPU"
         )
-    if reason := guidance_misfit(layout, recipe, has_audio=size.has_audio):
+    reason = guidance_misfit(layout, recipe, has_audio=size.has_audio) or tier_misfit(layout, precision)
+    if reason:
         raise UsageError(reason)
 
 
@@ -66,3 +71,18 @@ def guidance_misfit(layout: ParallelLayout, recipe: RecipeConfig, *, has_audio: 
         f"parallel.guidance must be at most the predictions of a step, got {layout.guidance} for recipe {recipe.name}; "
         f"use {allowed}"
     )
+
+
+def tier_misfit(layout: ParallelLayout, precision: PrecisionConfig) -> str:
+    """Why the precision tier cannot be computed in the layout; empty if it can."""
+    if layout.ring > 1 and precision.attention == "block_sparse":
+        return (
+            f"parallel.ring must be 1 with precision.attention=block_sparse, got {layout.ring}: in a ring every key is "
+            "attended to; use parallel.ulysses"
+        )
+    if precision.step_cache_threshold and layout.num_shards * layout.tensor > 1:
+        return (
+            f"parallel must split guidance only with precision.step_cache_threshold, got {layout.name}: each rank "
+            "would decide for itself which steps to compute; use parallel=single, or a threshold of 0"
+        )
+    return ""

@@ -81,6 +81,9 @@ def test_a_wrong_setting_is_refused_in_one_line(argument: str, message: str) -> 
         (["parallel.guidance=8", "recipe=full_two_stage"], "got 8 for recipe full_two_stage; use 1 to 4"),
         (["parallel=ulysses4", "cluster.gpus_per_node=2"], "must fit one node, got ulysses4 of 4 GPUs for nodes of 2"),
         (["parallel=auto", "parallel.tensor=2"], "parallel.auto must be false beside degrees, got tensor2"),
+        (["parallel=ring2", "precision=fast"], "parallel.ring must be 1 with precision.attention=block_sparse, got 2"),
+        (["parallel=tensor2", "precision.step_cache_threshold=0.1"], "split guidance only with "
+                                                                    "precision.step_cache_threshold, got tensor2"),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_be_is_refused_with_what_can(arguments: list[str], message: str) -> None:
