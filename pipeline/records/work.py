@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.records.request import RenderRequest
 
 # Raised by hand whenever the same request would give other pixels or other sound than before.
-RENDER_REVISION = 4
+RENDER_REVISION = 5
 # How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
 MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload")
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -18,6 +18,7 @@ from pipeline.engine.nano import CHECKPOINT
 from pipeline.geometry import PixelShape, render_shape
 from pipeline.model.checkpoint import CheckpointFile
 from tests.engine.live_tensors import LiveTensors
+from tests.engine.pictures import planes_of
 
 BOUND = 5e-6
 VAES = ["vae_ltx2_0", "vae_ltx2_3", "vae_ltxv_0_9_8", "nano"]
@@ -123,10 +124,10 @@ def test_chunks_of_every_length_have_the_same_bytes(decoder, name, num_frames):
         length: list(decode_frames(vae, latent, shape, noise=noise_for(vae), chunk_latent_frames=length))
         for length in (1, 2, 3, 100)
     }
-    assert len(of_length[100]) == 1 and of_length[100][0].shape == (8 * num_frames - 7, 64, 90, 3)
+    assert len(of_length[100]) == 1 and of_length[100][0].planes.shape == (8 * num_frames - 7, 64 * 3 // 2, 90)
     for length, chunks in of_length.items():
-        assert all(len(chunk) == 8 * length for chunk in chunks[:-1])
-        assert np.array_equal(np.concatenate(chunks), of_length[100][0])
+        assert all(chunk.num_frames == 8 * length for chunk in chunks[:-1])
+        assert np.array_equal(planes_of(chunks), of_length[100][0].planes)
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -196,4 +197,4 @@ def test_decoder_that_draws_noise_as_it_goes_cannot_stream_and_is_decoded_whole(
     whole.can_stream = False
     whole.stream = None
     frames = list(decode_frames(whole, latent_of(3, 2, 2), render_shape(PixelShape(17, 64, 64, 24.0), 32)))
-    assert [len(chunk) for chunk in frames] == [16, 1]
+    assert [chunk.num_frames for chunk in frames] == [16, 1]

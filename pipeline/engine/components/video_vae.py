@@ -22,6 +22,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
 )
 from torch import Tensor, nn
 
+from kernels.ops import OpSet, reference_ops
 from pipeline.engine.components.blueprint import Blueprint, load_statistics, section
 from pipeline.engine.components.streamed_decoder import can_stream, stream_frames
 from pipeline.engine.latents import ChannelStatistics
@@ -29,6 +30,7 @@ from pipeline.engine.tiling import Tiles, decode_in_tiles, encode_in_tiles
 from pipeline.errors import UsageError
 from pipeline.model.checkpoint import CheckpointFile
 
+PLAIN_OPS = reference_ops()
 _UPSAMPLE_TYPES = {"compress_all": "spatiotemporal", "compress_space": "spatial", "compress_time": "temporal"}
 _DOWNSAMPLE_TYPES = {f"{kind}_res": name for kind, name in _UPSAMPLE_TYPES.items()}
 # Width of the outermost blocks where a file does not say; LTX-Video files do not.
@@ -49,12 +51,21 @@ class DecodeNoise:
 class VideoDecoder:
     """Normalised video latents (B,C,F,H,W) to pixels (B,3,8F-7,32H,32W), roughly in [-1,1], not clamped.
 
-    `takes_noise` says if it must be given a `DecodeNoise`, `can_stream` if it can go frame by frame.
+    `takes_noise` says if it must be given a `DecodeNoise`, `can_stream` if it can go frame by frame; `ops` are what its
+    device has.
     """
 
-    def __init__(self, module: LTX2VideoDecoder3d, statistics: ChannelStatistics, *, takes_noise: bool = False) -> None:
+    def __init__(
+        self,
+        module: LTX2VideoDecoder3d,
+        statistics: ChannelStatistics,
+        *,
+        takes_noise: bool = False,
+        ops: OpSet = PLAIN_OPS,
+    ) -> None:
         self.module = module
         self.statistics = statistics
+        self.ops = ops
         self.takes_noise = takes_noise
         self.can_stream = can_stream(module)
 
@@ -119,12 +130,14 @@ class VideoEncoder:
         return mean, log_variance.clamp(*_LOG_VARIANCE_BOUNDS)
 
 
-def load_video_decoder(checkpoint: CheckpointFile, *, device: str, dtype: torch.dtype | None) -> VideoDecoder:
+def load_video_decoder(
+    checkpoint: CheckpointFile, *, device: str, dtype: torch.dtype | None, ops: OpSet = PLAIN_OPS
+) -> VideoDecoder:
     """Video decoder of a single-file checkpoint, with its channel statistics in float32."""
     vae = section(checkpoint.config, "vae")
     module = video_decoder_blueprint(vae).fill(checkpoint, device=device, dtype=dtype, what="the video decoder")
     statistics = load_statistics(checkpoint, "vae", num_channels=vae["latent_channels"], device=device)
-    return VideoDecoder(module, statistics, takes_noise=vae.get("timestep_conditioning", False))
+    return VideoDecoder(module, statistics, takes_noise=vae.get("timestep_conditioning", False), ops=ops)
 
 
 def load_video_encoder(checkpoint: CheckpointFile, *, device: str, dtype: torch.dtype | None) -> VideoEncoder:
