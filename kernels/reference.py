@@ -243,6 +243,19 @@ def fp8_linear(rows: ScaledRows, weight_ND: Tensor, weight_scale_N1: Tensor, bia
     return y_BTN.to(rows.dtype)
 
 
+def rms_norm_silu(x_BCFHW: Tensor, modulation: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
+    """y sigmoid(y) with y = x / sqrt(mean(x^2 over C) + eps) * (1 + scale) + shift, (B, C, F, H, W).
+
+    `modulation` is scale and shift, (B, C, 1, 1, 1), or None for 0.
+    """
+    x = x_BCFHW.float()
+    y = x / torch.sqrt(x.square().mean(dim=1, keepdim=True) + eps)
+    if modulation is not None:
+        scale, shift = modulation
+        y = y * (1 + scale.float()) + shift.float()
+    return functional.silu(y).to(x_BCFHW.dtype)
+
+
 def rgb_to_yuv420(video_CFHW: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures of red, green and blue in [-1,1] as I420: uint8 (F, R, W), Y and then U and V at half their size.
 

@@ -1,4 +1,4 @@
-"""Decoding frame by frame: the whole decode to the bit, in memory that does not grow with the clip, nothing twice."""
+"""Decoding a few frames at a time: the whole decode to the bit, in memory that does not grow with the clip."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import PerChannelRMSNorm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.engine.components.streamed_decoder import can_stream
+from pipeline.engine.components.streamed_decoder import Manner, can_stream
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, load_video_decoder, video_decoder_blueprint
 from pipeline.engine.decode import decode_frames
 from pipeline.engine.nano import CHECKPOINT
@@ -43,8 +44,8 @@ def noise_for(vae):
     return DecodeNoise(0.05) if vae.takes_noise else None
 
 
-def streamed(vae, latent, noise=None):
-    return torch.cat(list(vae.stream(latent, noise=noise or noise_for(vae))), dim=2)
+def streamed(vae, latent, noise=None, **manner):
+    return torch.cat(list(vae.stream(latent, noise=noise or noise_for(vae), manner=Manner(**manner))), dim=2)
 
 
 def latent_of(num_frames, height, width):
@@ -99,6 +100,76 @@ def test_stream_is_the_whole_decode_but_for_rounding_everywhere(decoder, name, s
     vae, latent = decoder(name), latent_of(*size)
     whole = vae.decode(latent, noise=noise_for(vae))
     assert (streamed(vae, latent) - whole).abs().max() <= 2 * BOUND * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("size", [(1, 2, 3), (2, 2, 2), (4, 3, 5)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_stream_that_takes_the_whole_clip_at_once_is_to_the_bit_the_whole_decode(decoder, name, size, is_causal):
+    vae, latent = decoder(name, is_causal=is_causal), latent_of(*size)
+    whole = vae.decode(latent, noise=noise_for(vae))
+    assert torch.equal(streamed(vae, latent, frames_per_convolution=whole.shape[2]), whole)
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+@pytest.mark.parametrize("frames_per_convolution", [2, 3, 8])
+def test_blocks_of_every_size_give_the_whole_decode(decoder, name, num_frames, frames_per_convolution):
+    """To the bit where frames fill vector registers, but for rounding elsewhere; whatever is a block's last frame."""
+    for size, exact in (((num_frames, 8, 8), True), ((num_frames, 3, 5), False)):
+        vae, latent = decoder(name), latent_of(*size)
+        whole = vae.decode(latent, noise=noise_for(vae))
+        got = streamed(vae, latent, frames_per_convolution=frames_per_convolution)
+        assert got.shape == whole.shape and (got - whole).abs().max() <= 2 * BOUND * whole.abs().max()
+        assert not exact or torch.equal(got, whole)
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the frames of the answers and the layouts of what convolutions in three dimensions take and hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_frames, self.channels_last = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        if "convolution" in func.name() and answer.dim() == 5:
+            self.num_frames.append(answer.shape[2])
+            self.channels_last.append([x.is_contiguous(memory_format=torch.channels_last_3d) for x in args[:2]])
+        return answer
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_no_convolution_takes_more_frames_than_it_may_and_nearly_all_take_as_many(decoder, name, size):
+    vae, latent = decoder(name), latent_of(40, 2, 2)
+    with Convolutions() as seen:
+        streamed(vae, latent, frames_per_convolution=size)
+    assert max(seen.num_frames) == size
+    # Of each layer the first block and those at its end may have fewer.
+    assert sum(num < size for num in seen.num_frames) <= 0.2 * len(seen.num_frames)
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("size", [1, 4])
+def test_activations_lie_as_the_weights_do(decoder, name, size):
+    vae, latent = decoder(name), latent_of(3, 4, 6)
+    expected = streamed(vae, latent, frames_per_convolution=size)
+    vae.module.to(memory_format=torch.channels_last_3d)
+    with Convolutions() as seen:
+        got = streamed(vae, latent, frames_per_convolution=size)
+    assert all(all(pair) for pair in seen.channels_last)
+    assert (got - expected).abs().max() <= 2 * BOUND * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_norms_and_activations_as_one_operation_give_the_same_bits_in_float32(decoder, name):
+    vae, latent = decoder(name), latent_of(3, 2, 3)
+    fused = streamed(vae, latent, norm_silu=vae.ops.rms_norm_silu)
+    if vae.takes_noise:
+        assert (fused - streamed(vae, latent)).abs().max() <= BOUND * fused.abs().max()
+    else:
+        assert torch.equal(fused, streamed(vae, latent))
 
 
 @pytest.mark.parametrize("case", ["vae_ltx2_0/case_decode", "vae_ltx2_3/case_decode", "vae_ltxv_0_9_8/case_decode_t0"])
@@ -163,6 +234,19 @@ def test_memory_does_not_grow_with_the_clip(decoder, name):
     short_bytes, long_bytes = (peak_bytes(lambda z=z: vae.decode(z, noise=noise_for(vae))) for z in (short, long))
     assert long_bytes > 1.8 * short_bytes, "or nothing is counted"
     assert peak_bytes(lambda: drain(long)) < long_bytes / 6
+
+
+def test_memory_grows_with_the_frames_of_a_convolution_and_not_with_the_clip(decoder):
+    vae = decoder("nano")
+
+    def drain(latent, size):
+        for _ in vae.stream(latent, manner=Manner(frames_per_convolution=size)):
+            pass
+
+    short, long = (latent_of(num_frames, 4, 4) for num_frames in (24, 48))
+    one, two, eight = (peak_bytes(lambda n=n: drain(short, n)) for n in (1, 2, 8))
+    assert one < two < eight
+    assert peak_bytes(lambda: drain(long, 8)) <= eight + 3 * (long.nbytes - short.nbytes)
 
 
 def test_memory_grows_with_the_chunk(decoder):

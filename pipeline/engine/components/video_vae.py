@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from kernels.ops import OpSet, reference_ops
 from pipeline.engine.components.blueprint import Blueprint, load_statistics, section
-from pipeline.engine.components.streamed_decoder import can_stream, stream_frames
+from pipeline.engine.components.streamed_decoder import Manner, can_stream, stream_frames
 from pipeline.engine.latents import ChannelStatistics
 from pipeline.engine.tiling import Tiles, decode_in_tiles, encode_in_tiles
 from pipeline.errors import UsageError
 from pipeline.model.checkpoint import CheckpointFile
 
 PLAIN_OPS = reference_ops()
+PLAIN_MANNER = Manner()
 _UPSAMPLE_TYPES = {"compress_all": "spatiotemporal", "compress_space": "spatial", "compress_time": "temporal"}
 _DOWNSAMPLE_TYPES = {f"{kind}_res": name for kind, name in _UPSAMPLE_TYPES.items()}
 # Width of the outermost blocks where a file does not say; LTX-Video files do not.
@@ -79,12 +80,14 @@ class VideoDecoder:
 
         return decode_one(latent) if tiles is None else decode_in_tiles(decode_one, latent, tiles)
 
-    def stream(self, latent_BCFHW: Tensor, *, noise: DecodeNoise | None = None) -> Iterator[Tensor]:
+    def stream(
+        self, latent_BCFHW: Tensor, *, noise: DecodeNoise | None = None, manner: Manner = PLAIN_MANNER
+    ) -> Iterator[Tensor]:
         """The frames (B,3,1,32H,32W) of `decode` in order, in memory that does not grow with the clip.
 
         A frame's bits do not depend on how the frames are taken; `decode` rounds sums otherwise. Only if `can_stream`.
         """
-        return stream_frames(self.module, *self._prepared(latent_BCFHW, noise))
+        return stream_frames(self.module, *self._prepared(latent_BCFHW, noise), manner)
 
     def _prepared(self, latent_BCFHW: Tensor, noise: DecodeNoise | None) -> tuple[Tensor, Tensor | None]:
         """Latents as the network takes them, and the timestep (B) it is told."""
@@ -136,6 +139,9 @@ def load_video_decoder(
     """Video decoder of a single-file checkpoint, with its channel statistics in float32."""
     vae = section(checkpoint.config, "vae")
     module = video_decoder_blueprint(vae).fill(checkpoint, device=device, dtype=dtype, what="the video decoder")
+    if torch.device(device).type == "cuda":
+        # As cuDNN's convolutions in three dimensions want them; the activations of a stream follow.
+        module = module.to(memory_format=torch.channels_last_3d)
     statistics = load_statistics(checkpoint, "vae", num_channels=vae["latent_channels"], device=device)
     return VideoDecoder(module, statistics, takes_noise=vae.get("timestep_conditioning", False), ops=ops)
 
