@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
                          "pipeline.storage.processes"},
     # Composes denoisers and decoders as a worker does, with others' beside them, and counts operations as the planner.
     "pipeline.bench": {"pipeline.config", "pipeline.errors", "pipeline.geometry", "pipeline.engine", "pipeline.model",
-                       "pipeline.planning.estimate", "kernels"},
+                       "pipeline.planning.estimate", "pipeline.records.frames", "kernels"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
     "pipeline.assembly.closing": {"pipeline.cluster.ending", "pipeline.cost.allocation", "pipeline.planning.plan",
                                 "pipeline.records"},

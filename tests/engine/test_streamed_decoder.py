@@ -45,7 +45,13 @@ def noise_for(vae):
 
 
 def streamed(vae, latent, noise=None, **manner):
-    return torch.cat(list(vae.stream(latent, noise=noise or noise_for(vae), manner=Manner(**manner))), dim=2)
+    return torch.cat(list(in_manner(vae, **manner).stream(latent, noise=noise or noise_for(vae))), dim=2)
+
+
+def in_manner(vae, **manner):
+    other = copy.copy(vae)
+    other.manner = Manner(**manner)
+    return other
 
 
 def latent_of(num_frames, height, width):
@@ -240,7 +246,7 @@ def test_memory_grows_with_the_frames_of_a_convolution_and_not_with_the_clip(dec
     vae = decoder("nano")
 
     def drain(latent, size):
-        for _ in vae.stream(latent, manner=Manner(frames_per_convolution=size)):
+        for _ in in_manner(vae, frames_per_convolution=size).stream(latent):
             pass
 
     short, long = (latent_of(num_frames, 4, 4) for num_frames in (24, 48))

@@ -31,7 +31,6 @@ from pipeline.errors import UsageError
 from pipeline.model.checkpoint import CheckpointFile
 
 PLAIN_OPS = reference_ops()
-PLAIN_MANNER = Manner()
 _UPSAMPLE_TYPES = {"compress_all": "spatiotemporal", "compress_space": "spatial", "compress_time": "temporal"}
 _DOWNSAMPLE_TYPES = {f"{kind}_res": name for kind, name in _UPSAMPLE_TYPES.items()}
 # Width of the outermost blocks where a file does not say; LTX-Video files do not.
@@ -53,7 +52,7 @@ class VideoDecoder:
     """Normalised video latents (B,C,F,H,W) to pixels (B,3,8F-7,32H,32W), roughly in [-1,1], not clamped.
 
     `takes_noise` says if it must be given a `DecodeNoise`, `can_stream` if it can go frame by frame; `ops` are what its
-    device has.
+    device has, `manner` how a stream goes.
     """
 
     def __init__(
@@ -67,6 +66,7 @@ class VideoDecoder:
         self.module = module
         self.statistics = statistics
         self.ops = ops
+        self.manner = Manner()
         self.takes_noise = takes_noise
         self.can_stream = can_stream(module)
 
@@ -80,14 +80,12 @@ class VideoDecoder:
 
         return decode_one(latent) if tiles is None else decode_in_tiles(decode_one, latent, tiles)
 
-    def stream(
-        self, latent_BCFHW: Tensor, *, noise: DecodeNoise | None = None, manner: Manner = PLAIN_MANNER
-    ) -> Iterator[Tensor]:
+    def stream(self, latent_BCFHW: Tensor, *, noise: DecodeNoise | None = None) -> Iterator[Tensor]:
         """The frames (B,3,1,32H,32W) of `decode` in order, in memory that does not grow with the clip.
 
         A frame's bits do not depend on how the frames are taken; `decode` rounds sums otherwise. Only if `can_stream`.
         """
-        return stream_frames(self.module, *self._prepared(latent_BCFHW, noise), manner)
+        return stream_frames(self.module, *self._prepared(latent_BCFHW, noise), self.manner)
 
     def _prepared(self, latent_BCFHW: Tensor, noise: DecodeNoise | None) -> tuple[Tensor, Tensor | None]:
         """Latents as the network takes them, and the timestep (B) it is told."""
