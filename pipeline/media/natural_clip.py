@@ -74,7 +74,8 @@ def _texture(generator: np.random.Generator, height: int, width: int) -> np.ndar
     spectrum /= np.maximum(cycles_a_pixel, 2 / max(height, width))
     spectrum[0, 0] = 0
     texture: np.ndarray = np.fft.irfft2(spectrum, s=(height, width)).astype(np.float32)
-    return texture / texture.std()
+    texture /= texture.std()
+    return texture
 
 
 def _window(plane: np.ndarray, down: float, right: float, height: int, width: int) -> np.ndarray:
