@@ -1,4 +1,4 @@
-"""The slots a denoiser is built with: one frozen value of plain callables, chosen once by whoever builds the model.
+"""The slots a model is built with: one frozen value of plain callables, chosen once by whoever builds the model.
 
 What each slot computes, with shapes and dtypes, is defined by the function of the same name in `kernels.reference`.
 """
@@ -79,6 +79,12 @@ LinearGeluFn = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 ActivationFn = Callable[[Tensor], Tensor]
 """Any shape, element by element."""
 
+RmsNormSiluFn = Callable[[Tensor, "tuple[Tensor, Tensor] | None", float], Tensor]
+"""(x_BCFHW, (scale_BC111, shift_BC111) or None, eps) -> BCFHW"""
+
+RgbToYuv420Fn = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""video_CFHW in [-1,1] -> (uint8 I420 planes, (F, 3H/2, W); number of values that are not finite, int32 (1,))"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpSet:
@@ -111,6 +117,8 @@ class OpSet:
     row_peaks: RowPeaksFn
     quantise_rows_to: QuantiseRowsToFn
     fp8_linear: Fp8LinearFn
+    rms_norm_silu: RmsNormSiluFn
+    rgb_to_yuv420: RgbToYuv420Fn
 
 
 def reference_ops() -> OpSet:
@@ -137,7 +145,14 @@ def fused_ops(device: str) -> OpSet:
     if device.split(":")[0] != "cuda":
         return device_ops(device)
     # Triton comes with torch for CUDA only.
-    from kernels import gated_residual_norm, modulated_rms_norm, qk_norm_rope, quantise_rows
+    from kernels import (
+        gated_residual_norm,
+        modulated_rms_norm,
+        qk_norm_rope,
+        quantise_rows,
+        rgb_to_yuv420,
+        rms_norm_silu,
+    )
 
     return replace(
         device_ops(device),
@@ -157,6 +172,8 @@ def fused_ops(device: str) -> OpSet:
         quantise_rows=quantise_rows.quantise_rows,
         row_peaks=quantise_rows.row_peaks,
         quantise_rows_to=quantise_rows.quantise_rows_to,
+        rms_norm_silu=rms_norm_silu.rms_norm_silu,
+        rgb_to_yuv420=rgb_to_yuv420.rgb_to_yuv420,
     )
 
 

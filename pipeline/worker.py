@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline.accord import CANCELLED
 from pipeline.attempt import Attempt
 from pipeline.cluster.assignment import Assignment, signs_of_life
@@ -31,6 +29,7 @@ from pipeline.media.frame_buffer import FrameBuffer
 from pipeline.media.mux import EncodeReport, EncodeSettings, write_clip
 from pipeline.media.probe import ClipFacts, check_clip, probe_clip
 from pipeline.media.thumbnail import write_thumbnail
+from pipeline.records.frames import YuvFrames
 from pipeline.records.outcome import (
     NS_PER_S,
     ClipAsset,
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Decoded frames that wait for the encoder: a clip of 1920x1088 and 121 frames has 0.76 GB.
+# Decoded frames that wait for the encoder: a clip of 1920x1088 and 121 frames has 0.38 GB.
 MAX_BUFFERED_BYTES = 2 << 30
 
 
@@ -292,7 +291,7 @@ def _asset(uri: str, thumbnail_uri: str, facts: ClipFacts) -> ClipAsset:
     )
 
 
-def _beating(chunks: Iterator[np.ndarray], assignment: Assignment) -> Iterator[np.ndarray]:
+def _beating(chunks: Iterator[YuvFrames], assignment: Assignment) -> Iterator[YuvFrames]:
     """The chunks; the encoder lives as long as it takes them."""
     for chunk in chunks:
         assignment.beat("encode")

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.config": {"pipeline.errors", "pipeline.records.parallel"},
     "pipeline.records": {"pipeline.errors", "pipeline.geometry"},
     "pipeline.model": {"kernels.ops", "kernels.rows", "pipeline.geometry", "pipeline.errors"},
-    "pipeline.media": {"pipeline.errors", "pipeline.geometry"},
+    "pipeline.media": {"pipeline.errors", "pipeline.geometry", "pipeline.records.frames"},
     "pipeline.storage": {"pipeline.errors", "pipeline.records"},
     "pipeline.cost": {"pipeline.errors", "pipeline.config", "pipeline.records"},
     # Rebuilds pages from a run's folder, so it also reads runs and writes the page.
@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Judges which paths a submitted job can reach, so it asks what a local URI is.
     "pipeline.planning.reach": {"pipeline.errors", "pipeline.config", "pipeline.storage.filesystem"},
     "pipeline.engine": {"pipeline.errors", "pipeline.config", "pipeline.geometry", "pipeline.telemetry",
-                        "pipeline.records.request", "pipeline.records.work", "kernels.ops", "pipeline.model"},
+                        "pipeline.records.frames", "pipeline.records.request", "pipeline.records.work", "kernels.ops",
+                        "pipeline.model"},
     "pipeline.parallel": {"pipeline.errors", "pipeline.model", "pipeline.records.parallel", "pipeline.records.gang",
                           "kernels.ops", "kernels.rows"},
     "pipeline.attempt": {"pipeline.records", "pipeline.storage.assets", "pipeline.cost.meter",
@@ -68,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
                          "pipeline.storage.processes"},
     # Composes denoisers and decoders as a worker does, with others' beside them, and counts operations as the planner.
     "pipeline.bench": {"pipeline.config", "pipeline.errors", "pipeline.geometry", "pipeline.engine", "pipeline.model",
-                       "pipeline.planning.estimate", "kernels"},
+                       "pipeline.planning.estimate", "pipeline.records.frames", "kernels"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
     "pipeline.assembly.model_facts": {"pipeline.config", "pipeline.records.wishes", "pipeline.storage",
                                       "pipeline.errors"},

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.ops import fused_ops
 from pipeline.bench.ceilings import judged, measure_ceilings
 from pipeline.bench.rows import Row, new_row
 from pipeline.bench.tiers import SEED
 from pipeline.bench.timing import added_bytes, failure_of, forget, in_turns, num_bytes, spread
 from pipeline.config.model import ModelConfig
+from pipeline.engine.components.streamed_decoder import FRAMES_PER_CONVOLUTION, Manner
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, video_decoder_blueprint
 from pipeline.engine.decode import decode_frames
 from pipeline.engine.latents import ChannelStatistics
@@ -27,59 +29,76 @@ from pipeline.engine.tiling import tiles_of_size
 from pipeline.geometry import PixelShape, RenderShape, latent_shape
 from pipeline.model.checkpoint import set_tensor
 from pipeline.model.hparams import DenoiserHparams
+from pipeline.records.frames import YuvFrames
 
 # What published recipes tell decoders that ask for it.
 _DECODE_TIMESTEP = 0.05
-# Mean difference of pixels in 255ths that other roundings to bfloat16 may make.
+# Mean difference of bytes that other roundings to bfloat16 may make.
 _BOUND_LEVELS = 1.0
 _TILES = tiles_of_size(frames=(64, 24), height_px=(512, 64), width_px=(512, 64))
-# Chunks (F,H,W,3) of uint8 frames in order.
-Decode = Callable[[VideoDecoder, Tensor, RenderShape, DecodeNoise | None], Iterator[np.ndarray]]
+# What a convolution of a stream is given at once.
+_FRAMES_PER_CONVOLUTION = (1, 2, 4, 8)
+Decode = Callable[[VideoDecoder, Tensor, RenderShape, DecodeNoise | None], Iterator[YuvFrames]]
 
 
 class Way(NamedTuple):
-    """A way of decoding, and the decoder that it wants; `blends` if its pixels are others near seams."""
+    """A way of decoding, how its weights lie and its stream works; `blends` if its pixels are others near seams."""
 
     name: str
     decode: Decode
-    prepared: Callable[[VideoDecoder], VideoDecoder] = lambda decoder: decoder
+    channels_last: bool = False
+    frames_per_convolution: int = FRAMES_PER_CONVOLUTION
+    fuses_norms: bool = False
     blends: bool = False
 
 
 def _as_worker(
     decoder: VideoDecoder, latent: Tensor, shape: RenderShape, noise: DecodeNoise | None
-) -> Iterator[np.ndarray]:
+) -> Iterator[YuvFrames]:
     return decode_frames(decoder, latent, shape, noise=noise)
 
 
 def _in_tiles(
     decoder: VideoDecoder, latent: Tensor, shape: RenderShape, noise: DecodeNoise | None
-) -> Iterator[np.ndarray]:
+) -> Iterator[YuvFrames]:
     return decode_frames(decoder, latent, shape, tiles=_TILES, noise=noise)
 
 
-def _whole(
-    decoder: VideoDecoder, latent: Tensor, shape: RenderShape, noise: DecodeNoise | None
-) -> Iterator[np.ndarray]:
+def _whole(decoder: VideoDecoder, latent: Tensor, shape: RenderShape, noise: DecodeNoise | None) -> Iterator[YuvFrames]:
     """diffusers' decoder called once; its frames become bytes one by one, for which there is always room."""
     for frame_B3FHW in decoder.decode(latent, noise=noise).split(1, dim=2):
-        unit_F3HW = (frame_B3FHW[0].float() * 0.5 + 0.5).clamp(0, 1).transpose(0, 1)
-        yield (unit_F3HW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        planes_FRW, _ = decoder.ops.rgb_to_yuv420(frame_B3FHW[0])
+        yield YuvFrames(planes_FRW.cpu().numpy())
 
 
-def _channels_last(decoder: VideoDecoder) -> VideoDecoder:
-    other = copy.copy(decoder)
+def _decoders(decoder: VideoDecoder) -> dict[str, VideoDecoder]:
+    """One for each way, all of the same weights, of which there are two copies."""
     module: Any = copy.deepcopy(decoder.module)
-    other.module = module.to(memory_format=torch.channels_last_3d)
-    return other
+    module = module.to(memory_format=torch.channels_last_3d)
+    prepared = {}
+    for way in WAYS:
+        other = prepared[way.name] = copy.copy(decoder)
+        if way.channels_last:
+            other.module = module
+        fused = decoder.ops.rms_norm_silu if way.fuses_norms else None
+        other.manner = Manner(way.frames_per_convolution, fused)
+    return prepared
+
+
+def _streams(num_frames: int) -> Iterator[Way]:
+    name = f"stream_{num_frames}"
+    yield Way(name, _as_worker, frames_per_convolution=num_frames)
+    yield Way(f"{name}_channels_last", _as_worker, True, num_frames)
+    # The kernel reads channels that lie next to each other.
+    yield Way(f"{name}_channels_last_fused", _as_worker, True, num_frames, fuses_norms=True)
 
 
 WHOLE = Way("whole", _whole)
 WAYS = (
     WHOLE,
-    Way("whole_channels_last", _whole, _channels_last),
+    Way("whole_channels_last", _whole, channels_last=True),
     Way("tiled", _in_tiles, blends=True),
-    Way("stream", _as_worker),
+    *(way for num_frames in _FRAMES_PER_CONVOLUTION for way in _streams(num_frames)),
 )
 
 
@@ -91,7 +110,7 @@ def measure_decodes(
     decoder = _random_decoder(config["vae"], device)
     noise = DecodeNoise(_DECODE_TIMESTEP) if decoder.takes_noise else None
     video = DenoiserHparams.from_config(config["transformer"], has_audio=model.size.has_audio).video
-    decoders = {way.name: way.prepared(decoder) for way in WAYS}
+    decoders = _decoders(decoder)
     for label, pixels in shapes.items():
         shape, generator = latent_shape(pixels), torch.Generator(device).manual_seed(SEED)
         size = (1, config["vae"]["latent_channels"], shape.num_frames, shape.height, shape.width)
@@ -123,11 +142,12 @@ def _random_decoder(vae: Mapping[str, Any], device: str) -> VideoDecoder:
     for name, tensor in module.state_dict().items():
         set_tensor(module, name, random_value(name, tuple(tensor.shape), "BF16", {}, generator).to(device))
     statistics = ChannelStatistics(vae["latent_channels"]).to(device)
-    return VideoDecoder(module.eval(), statistics, takes_noise=vae.get("timestep_conditioning", False))
+    takes_noise = vae.get("timestep_conditioning", False)
+    return VideoDecoder(module.eval(), statistics, takes_noise=takes_noise, ops=fused_ops(device))
 
 
 def _compared(
-    calls: Mapping[str, Callable[[], Iterator[np.ndarray]]], decoders: Mapping[str, VideoDecoder], device: str
+    calls: Mapping[str, Callable[[], Iterator[YuvFrames]]], decoders: Mapping[str, VideoDecoder], device: str
 ) -> dict[str, dict[str, Any]]:
     """Of each way: memory, and how far its pixels are from the whole decode's; or why it does not take part."""
     found: dict[str, dict[str, Any]] = {}
@@ -157,17 +177,17 @@ def _may_run(facts: Mapping[str, Any]) -> bool:
     return "failure" not in facts and "not_comparable" not in facts
 
 
-def _run(call: Callable[[], Iterator[np.ndarray]]) -> None:
+def _run(call: Callable[[], Iterator[YuvFrames]]) -> None:
     for _ in call():
         pass
 
 
-def _frames(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    return (frame for chunk in chunks for frame in chunk)
+def _frames(chunks: Iterator[YuvFrames]) -> Iterator[np.ndarray]:
+    return (frame for chunk in chunks for frame in chunk.planes)
 
 
-def _differences(chunks: Iterator[np.ndarray], wanted: list[np.ndarray]) -> dict[str, Any]:
-    """Mean and largest difference of pixels, in 255ths; frame by frame, since a clip of differences is gigabytes."""
+def _differences(chunks: Iterator[YuvFrames], wanted: list[np.ndarray]) -> dict[str, Any]:
+    """Mean and largest difference of bytes; frame by frame, since a clip of differences is gigabytes."""
     means, largest = [], 0
     for got, best in zip(_frames(chunks), wanted, strict=True):
         levels = np.abs(got.astype(np.int16) - best)

@@ -1,16 +1,17 @@
-"""Latents to what a file needs: chunks of uint8 frames, cropped to the asked size, and a float32 waveform.
+"""Latents to what a file needs: chunks of frames as bytes, cropped to the asked size, and a float32 waveform.
 
 The networks are in `components/`; encoding to a file is `pipeline/media`.
 
 The picture is decoded frame by frame and handed out in chunks; in tiles, or by a decoder that cannot stream, it is
-decoded whole and only its conversion goes by chunks.
+decoded whole and only its conversion goes by chunks. Each travels to the host while the next one is decoded.
 
 Shapes: B batch, C channels, F frames, H height, W width, T time, M mel bins, N samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -24,8 +25,9 @@ from pipeline.engine.components.vocoder import Vocoder
 from pipeline.engine.tiling import Tiles
 from pipeline.errors import EngineFault
 from pipeline.geometry import TEMPORAL_CELL_FRAMES, PixelShape, RenderShape
+from pipeline.records.frames import YuvFrames
 
-# At 1920x1088 a latent frame's eight frames take 0.1 GB in 16 bits, and 0.6 GB more while they become bytes.
+# At 1920x1088 a latent frame's eight frames take 0.1 GB in 16 bits. The plain conversion to bytes takes 0.8 GB more.
 CHUNK_LATENT_FRAMES = 2
 SMALL_CHUNK_LATENT_FRAMES = 1
 
@@ -39,25 +41,32 @@ def decode_frames(
     noise: DecodeNoise | None = None,
     resize: bool = False,
     chunk_latent_frames: int = CHUNK_LATENT_FRAMES,
-) -> Iterator[np.ndarray]:
-    """Chunks (F,H,W,3) of uint8 frames in order, of the asked size. Nothing is decoded before the first is taken.
+) -> Iterator[YuvFrames]:
+    """Chunks of frames in order, of the asked size. Nothing is decoded before the first is taken.
 
     `noise` is for decoders that take it (`VideoDecoder.decode`), `resize` brings pictures of another size to the
     rendered one, `tiles` change what lies near their seams. A chunk has the frames of `chunk_latent_frames`, the last
-    one fewer; its length changes no bit. EngineFault if the decoder gives another number of frames, or without `resize`
-    another size.
+    one fewer; its length changes no bit. EngineFault if the decoder gives another number of frames, without `resize`
+    another size, or pixels that are not finite.
     """
     rendered, asked = shape.rendered, shape.asked
     top, left, num_frames = shape.crop_top_px, shape.crop_left_px, 0
+    to_host, arrive = _ToHost(latent_BCFHW.device), None
     for video_CFHW in _chunks(decoder, latent_BCFHW, tiles, noise, chunk_latent_frames * TEMPORAL_CELL_FRAMES):
         if resize:
             video_CFHW = _resized(video_CFHW, rendered)
         num_frames += video_CFHW.shape[1]
         _require_shape(video_CFHW, num_frames, rendered)
-        frames_FHW3 = _to_uint8(video_CFHW[:, :, top : top + asked.height, left : left + asked.width])
-        # Not kept while the chunk is encoded.
-        del video_CFHW
-        yield frames_FHW3
+        with torch.inference_mode():
+            cropped_CFHW = video_CFHW[:, :, top : top + asked.height, left : left + asked.width]
+            leaving = to_host.send(*decoder.ops.rgb_to_yuv420(cropped_CFHW))
+        # Not kept while the next chunk is decoded.
+        del video_CFHW, cropped_CFHW
+        if arrive is not None:
+            yield arrive()
+        arrive = leaving
+    if arrive is not None:
+        yield arrive()
     if num_frames != rendered.num_frames:
         raise EngineFault(f"the video decoder gave {num_frames} frames, expected {rendered.num_frames}")
 
@@ -110,9 +119,33 @@ def _resized(video_CFHW: Tensor, rendered: PixelShape) -> Tensor:
     return functional.interpolate(frames_FCHW, size=size, mode="bilinear", align_corners=False).transpose(0, 1)
 
 
-def _to_uint8(video_CFHW: Tensor) -> np.ndarray:
-    # Clamping would turn NaN into no valid byte without a word.
-    if not bool(torch.isfinite(video_CFHW).all()):
+class _ToHost:
+    """Sends chunks to the host by a stream of their own, so that a GPU computes the next one meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, planes_FRW: Tensor, num_wrong: Tensor) -> Callable[[], YuvFrames]:
+        """Begin with a chunk and the number of its values that are not finite; what is returned waits for both."""
+        if self._stream is None:
+            return partial(_arrived, planes_FRW, num_wrong)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            planes, num = (_pinned_copy(tensor, self._stream) for tensor in (planes_FRW, num_wrong))
+            done = self._stream.record_event()
+        return partial(_arrived, planes, num, done)
+
+
+def _pinned_copy(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    # The memory is not for others before this stream has read it.
+    tensor.record_stream(stream)
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _arrived(planes_FRW: Tensor, num_wrong: Tensor, done: torch.cuda.Event | None = None) -> YuvFrames:
+    if done is not None:
+        done.synchronize()
+    # Cut to a byte's range, NaN would be some valid byte without a word.
+    if num_wrong.item():
         raise EngineFault("the video decoder gave pixels that are not finite numbers")
-    unit_CFHW = (video_CFHW.float() * 0.5 + 0.5).clamp(0, 1)
-    return (unit_CFHW * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return YuvFrames(planes_FRW.numpy())

@@ -47,6 +47,7 @@ from pipeline.errors import DeviceBroken, OutOfMemory, UsageError
 from pipeline.geometry import SPATIAL_CELL_PX, LatentShape, PixelShape, RenderShape, latent_shape
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.denoiser import Denoiser
+from pipeline.records.frames import YuvFrames
 from pipeline.records.request import RenderRequest
 from pipeline.records.work import MEMORY_RUNGS
 from pipeline.telemetry import OnStage, OnStep, ignore_steps
@@ -60,12 +61,12 @@ _HOST_EXHAUSTED = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: ou
 
 @dataclass(frozen=True)
 class Streams:
-    """A rendered clip: uint8 frames (F,H,W,3) in chunks, decoded while iterated, and sound (channels, samples).
+    """A rendered clip: frames in chunks, decoded while iterated, and sound (channels, samples).
 
     A model without sound gives no waveform and no rate.
     """
 
-    frames: Generator[np.ndarray, None, None]
+    frames: Generator[YuvFrames, None, None]
     waveform: np.ndarray | None
     sample_rate_hz: int | None
     # As the model was given it: enhanced, if the request asked for that.
@@ -268,7 +269,7 @@ class RenderEngine:
 
     def _frames(
         self, latent_BCFHW: Tensor, shape: RenderShape, recipe: RecipeConfig, on_step: OnStep, chunk_latent_frames: int
-    ) -> Generator[np.ndarray, None, None]:
+    ) -> Generator[YuvFrames, None, None]:
         noise = DecodeNoise(recipe.decode.timestep) if self.video_decoder.takes_noise else None
         chunks = decode_frames(
             self.video_decoder,
@@ -280,10 +281,10 @@ class RenderEngine:
         )
         num_done, num_frames = 0, shape.asked.num_frames
         with _memory_reported(_size_of(shape)), self.residency.using(VIDEO_DECODER):
-            for frames_FHW3 in chunks:
-                num_done += len(frames_FHW3)
+            for frames in chunks:
+                num_done += frames.num_frames
                 on_step("decode", num_done, num_frames)
-                yield frames_FHW3
+                yield frames
 
     def _make_room(self, memory_rung: str) -> int:
         """Do what the rung and those before it say; returns the latent frames of a decoded chunk."""

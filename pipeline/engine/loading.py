@@ -116,7 +116,7 @@ def load_engine(
         residency.keep(TEXT_ENCODER, encoder.module)
     text_loaded = time.monotonic()
     connectors = load_text_connectors(checkpoint, device=device, dtype=dtype)
-    video_decoder = load_video_decoder(checkpoint, device=device, dtype=dtype)
+    video_decoder = load_video_decoder(checkpoint, device=device, dtype=dtype, ops=ops)
     upsampler = None
     if upscaler is not None:
         upsampler = load_latent_upsampler(upscaler, video_decoder.statistics, device=device, dtype=dtype)

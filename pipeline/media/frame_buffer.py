@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-import numpy as np
+from pipeline.records.frames import YuvFrames
 
 
 class FrameBuffer:
@@ -18,14 +18,14 @@ class FrameBuffer:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._chunks: deque[np.ndarray] = deque()
+        self._chunks: deque[YuvFrames] = deque()
         self._held_bytes = 0
         self._change = threading.Condition()
         self._is_complete = False
         self._error: BaseException | None = None
         self._has_reader = True
 
-    def put(self, chunk: np.ndarray, timeout_s: float) -> bool:
+    def put(self, chunk: YuvFrames, timeout_s: float) -> bool:
         """Add a chunk, waiting for room for at most `timeout_s`; says if it was added. It vanishes if nobody reads."""
         with self._change:
             if not self._change.wait_for(lambda: not self._has_reader or self._has_room(chunk), timeout_s):
@@ -55,7 +55,7 @@ class FrameBuffer:
                 self._is_complete, self._error = True, error
                 self._change.notify_all()
 
-    def chunks(self) -> Iterator[np.ndarray]:
+    def chunks(self) -> Iterator[YuvFrames]:
         """The chunks in order. Raises the error that `complete` was given. Closed early, it frees the writer."""
         try:
             while (chunk := self._next()) is not None:
@@ -64,10 +64,10 @@ class FrameBuffer:
         finally:
             self.abandon()
 
-    def _has_room(self, chunk: np.ndarray) -> bool:
+    def _has_room(self, chunk: YuvFrames) -> bool:
         return not self._chunks or self._held_bytes + chunk.nbytes <= self._max_bytes
 
-    def _next(self) -> np.ndarray | None:
+    def _next(self) -> YuvFrames | None:
         with self._change:
             self._change.wait_for(lambda: self._chunks or self._is_complete)
             if self._error is not None:

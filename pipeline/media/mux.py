@@ -26,18 +26,18 @@ import av
 import numpy as np
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 
 from pipeline.errors import EngineFault, StorageFull
+from pipeline.media.picture import picture_of
+from pipeline.records.frames import YuvFrames
 
 AAC_FRAME_SAMPLES = 1024
 # 1000/1001 of these are what people mean by 23.976, 29.97, 47.952, 59.94 and 119.88.
 NTSC_NOMINAL_RATES = (24, 30, 48, 60, 120)
 # Durations are 32-bit counts of this unit: at least seven minutes.
 MAX_TIMESCALE = 10_000_000
-# Unlike the default, rounds colours to nearest, and does not depend on the processor's vector units.
-SCALING = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 # x264 core 165 with AVX-512 and macroblock tree gives other bytes from run to run (192x128: 232 of 300 encodes
 # deviate; 96x64 on one thread: 26 of 500). Capped at SSE4.2 none does, at the same speed (1280x704: 3.1 s and 3.3 s).
@@ -56,11 +56,11 @@ class EncodeSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodeReport:
-    """What writing a clip took, and its first frame (height, width, 3; uint8) for the thumbnail."""
+    """What writing a clip took, and its first frame for the thumbnail."""
 
     encode_busy_s: float
     num_frames: int
-    first_frame: np.ndarray
+    first_frame: YuvFrames
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +77,7 @@ class _Clip:
 
 def write_clip(
     path: Path,
-    frames: Iterator[np.ndarray],
+    frames: Iterator[YuvFrames],
     waveform: np.ndarray | None,
     *,
     fps: float,
@@ -87,7 +87,7 @@ def write_clip(
 ) -> EncodeReport:
     """Write a clip to `path` (local, seekable) and sync it to disk.
 
-    `frames` yields uint8 RGB chunks (any number of frames, height, width, 3) and is consumed on the calling thread;
+    `frames` yields chunks of any number of frames and is consumed on the calling thread;
     `waveform` is float32 (1 or 2 channels, samples) in [-1, 1], padded with silence or cut to num_frames / fps; with
     None, and `sample_rate_hz` 0, the file has no sound track.
     Raises EngineFault (frames or sound are not what was announced), StorageFull, and whatever `frames` raises. After
@@ -156,7 +156,7 @@ class _EncoderThread:
 
     def __init__(self, clip: _Clip) -> None:
         self._clip = clip
-        self._slot: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=1)
+        self._slot: queue.Queue[YuvFrames | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
         self._all_taken = False
         self._waited_s = 0.0
@@ -165,7 +165,7 @@ class _EncoderThread:
         self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
         self._thread.start()
 
-    def put(self, chunk: np.ndarray) -> None:
+    def put(self, chunk: YuvFrames) -> None:
         """Hand over a chunk, waiting for the slot; raises what the encoder raised, if it did."""
         self._slot.put(chunk)
         if self._error is not None:
@@ -203,7 +203,7 @@ class _EncoderThread:
             while not (self._all_taken or self._stop.is_set()):
                 self._all_taken = self._slot.get() is None
 
-    def _frames(self) -> Iterator[np.ndarray]:
+    def _frames(self) -> Iterator[YuvFrames]:
         while True:
             waiting_since = time.perf_counter()
             chunk = self._slot.get()
@@ -211,20 +211,22 @@ class _EncoderThread:
             if chunk is None:
                 self._all_taken = True
                 return
-            for frame in _checked(chunk):
+            _require_whole_planes(chunk.planes)
+            for index in range(chunk.num_frames):
                 if self._stop.is_set():
                     return
-                yield frame
+                yield YuvFrames(chunk.planes[index : index + 1])
             del chunk
 
 
-def _checked(chunk: np.ndarray) -> np.ndarray:
-    if chunk.dtype != np.uint8 or chunk.ndim != 4 or chunk.shape[3] != 3:
-        raise EngineFault(f"frames must be uint8 chunks (frames, height, width, 3), got {chunk.dtype} {chunk.shape}")
-    return chunk
+def _require_whole_planes(planes: np.ndarray) -> None:
+    if planes.dtype != np.uint8 or planes.ndim != 3 or planes.shape[1] % 3 or planes.shape[2] % 2:
+        raise EngineFault(
+            f"frames must be uint8 (frames, 3/2 height, width) of even sides, got {planes.dtype} {planes.shape}"
+        )
 
 
-def _encode(clip: _Clip, frames: Iterator[np.ndarray]) -> np.ndarray:
+def _encode(clip: _Clip, frames: Iterator[YuvFrames]) -> YuvFrames:
     """Write the whole file; gives back a copy of the first frame."""
     # The edit list, which hides the AAC priming and sets both durations, counts in this unit: in the default unit
     # of a millisecond the tracks end up to a millisecond apart. Rates too odd to share a unit keep whole samples.
@@ -252,12 +254,9 @@ def _encode(clip: _Clip, frames: Iterator[np.ndarray]) -> np.ndarray:
 
 
 class _Picture:
-    """The H.264 track: RGB frames to limited-range BT.709, and their packets into the container."""
+    """The H.264 track: frames, one at a time, and their packets into the container."""
 
-    def __init__(self, container: OutputContainer, clip: _Clip, first_frame: np.ndarray) -> None:
-        height, width = first_frame.shape[:2]
-        if height % 2 or width % 2:
-            raise EngineFault(f"width and height must be even, got {width}x{height}")
+    def __init__(self, container: OutputContainer, clip: _Clip, first_frame: YuvFrames) -> None:
         settings = clip.settings
         options = {
             "preset": settings.preset,
@@ -266,42 +265,33 @@ class _Picture:
             "flags": "+bitexact",
         }
         stream = container.add_stream("libx264", rate=clip.rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = first_frame.width, first_frame.height, "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / clip.rate
         context.thread_count = settings.x264_threads
+        # What `YuvFrames` are. Where their colours are sampled is what a player takes if it is not told.
         context.color_range = ColorRange.MPEG
         context.colorspace = Colorspace.ITU709
         context.color_primaries = ColorPrimaries.BT709
         context.color_trc = ColorTrc.BT709
         self._container: OutputContainer = container
         self._stream: VideoStream = stream
-        self._reformatter = VideoReformatter()
         self._num_expected = clip.num_frames
         self.num_frames = 0
         # A copy: a view would keep the whole first chunk in memory.
-        self.first_frame: np.ndarray = first_frame.copy()
+        self.first_frame = YuvFrames(first_frame.planes.copy())
 
-    def add(self, frame: np.ndarray) -> None:
-        if frame.shape != self.first_frame.shape:
-            size, first_size = (f"{image.shape[1]}x{image.shape[0]}" for image in (frame, self.first_frame))
+    def add(self, frame: YuvFrames) -> None:
+        size, first_size = (f"{image.width}x{image.height}" for image in (frame, self.first_frame))
+        if size != first_size:
             raise EngineFault(f"frame {self.num_frames} must be {first_size} like the first one, got {size}")
         if self.num_frames == self._num_expected:
             raise EngineFault(f"expected {self._num_expected} frames, got more")
-        rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
-        yuv = self._reformatter.reformat(
-            rgb,
-            format="yuv420p",
-            src_colorspace=Colorspace.ITU709,
-            dst_colorspace=Colorspace.ITU709,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=SCALING,
-        )
-        yuv.pts = self.num_frames
-        yuv.time_base = cast(Fraction, self._stream.codec_context.time_base)
+        picture = picture_of(frame, 0)
+        picture.pts = self.num_frames
+        picture.time_base = cast(Fraction, self._stream.codec_context.time_base)
         self.num_frames += 1
-        self._container.mux(self._stream.encode(yuv))
+        self._container.mux(self._stream.encode(picture))
 
     def finish(self) -> None:
         self._container.mux(self._stream.encode())

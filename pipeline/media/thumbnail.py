@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
+from pipeline.media.picture import rgb_of
+from pipeline.records.frames import YuvFrames
 
-def write_thumbnail(path: Path, frame: np.ndarray, *, quality: int, max_side_px: int = 512) -> None:
-    """Write a uint8 RGB frame (height, width, 3) as JPEG, reduced so that no side exceeds `max_side_px`.
+
+def write_thumbnail(path: Path, frames: YuvFrames, *, quality: int, max_side_px: int = 512) -> None:
+    """Write the first of `frames` as JPEG, reduced so that no side exceeds `max_side_px`.
 
     The same frame gives the same bytes. Raises OSError; a partial file is deleted.
     """
-    picture = Image.fromarray(frame)
+    picture = Image.fromarray(rgb_of(frames, 0))
     picture.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
     try:
         picture.save(path, format="JPEG", quality=quality, optimize=True)

@@ -24,6 +24,7 @@ from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.fitting import TensorSpec, differences, listed, scale_of
 from pipeline.model.fp8 import Fp8Linear, use_fp8
 from pipeline.model.hparams import DenoiserHparams, ExchangeTimesteps
+from pipeline.model.pinned_reader import PinnedReader, byte_offsets
 from pipeline.model.share import Region
 
 DENOISER_PREFIX = "model.diffusion_model."
@@ -116,9 +117,10 @@ class TensorFile:
                 f"({error}); fetch the file again and compare its hash"
             ) from error
         self._specs = self._read_specs()
+        self._reader: PinnedReader | None = None
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor, by its name on disk. Reads no tensor data."""
+        """Shape and dtype of every tensor, by its name on disk, in the order of the file. Reads no tensor data."""
         return dict(self._specs)
 
     def read(
@@ -141,14 +143,19 @@ class TensorFile:
         """As `read`, but the bare numbers on disk, whether or not a scale belongs to them."""
         if name not in self._specs:
             raise KeyError(f"{self.path} has no tensor {name}")
+        spec = self._specs[name]
+        target = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+        if torch.device(device).type == "cuda" and not region:
+            if self._reader is None:
+                self._reader = PinnedReader(self.path, device)
+            return self._reader.read(name, spec).to(target)
         # What safetensors hands out on the CPU is a window on the mapped file: copy, so that the file may change later.
         tensor = self._file.get_slice(name)[region] if region else self._file.get_tensor(name)
-        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=target, copy=True)
 
     def _read_specs(self) -> dict[str, TensorSpec]:
         specs = {}
-        for name in self._file.keys():  # noqa: SIM118  (the handle is not a mapping)
+        for name in byte_offsets(self.path):
             header = self._file.get_slice(name)
             if header.get_dtype() not in _DTYPES:
                 raise CheckpointMismatch(
@@ -297,7 +304,7 @@ def fill_module(
     what: str,
     sharding: Sharding | None = None,
 ) -> None:
-    """Give `module` (built on the meta device) its tensors, one at a time, straight to `device`.
+    """Give `module` (built on the meta device) its tensors, one at a time in the file's order, straight to `device`.
 
     `names` maps every tensor name on disk that belongs to this part to its state_dict name in the module; a tensor
     that has no place there maps to any name the module lacks. `what` names the part in messages. Parameters are set
@@ -311,8 +318,10 @@ def fill_module(
             f"{len(problems)} differences; use the published file of this model"
         )
         raise CheckpointMismatch(listed(headline, problems))
-    for stored, place in names.items():
-        fill_place(module, place, checkpoint, stored, device, dtype, region_of(stored, place, checkpoint, sharding))
+    for stored in checkpoint.tensor_specs():
+        if stored in names:
+            place = names[stored]
+            fill_place(module, place, checkpoint, stored, device, dtype, region_of(stored, place, checkpoint, sharding))
 
 
 def region_of(stored: str, place: str, source: TensorFile, sharding: Sharding | None) -> Region:

@@ -12,7 +12,7 @@ from pipeline.records.parallel import ONE_GPU, ParallelLayout
 from pipeline.records.request import RenderRequest
 
 # Raised by hand whenever the same request would give other pixels or other sound than before.
-RENDER_REVISION = 4
+RENDER_REVISION = 5
 # How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
 MORE_GPUS = "more_gpus"
 MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload", MORE_GPUS)

@@ -21,6 +21,7 @@ from pipeline.config.recipe import RecipeConfig
 from pipeline.cost.meter import Meter
 from pipeline.errors import OutOfMemory
 from pipeline.media.mux import EncodeSettings
+from pipeline.records.frames import YuvFrames
 from pipeline.records.gang import Member
 from pipeline.records.request import RenderRequest
 from pipeline.records.work import MEMORY_RUNGS
@@ -37,7 +38,7 @@ ENCODE = EncodeSettings(preset="ultrafast", crf=30, x264_threads=1, audio_bitrat
 class ColourStreams:
     """What `engine.Streams` is, without its imports."""
 
-    frames: Generator[np.ndarray, None, None]
+    frames: Generator[YuvFrames, None, None]
     waveform: np.ndarray
     sample_rate_hz: int
     prompt: str
@@ -84,15 +85,18 @@ class ColourEngine:
         )
 
 
-def _frames(request: RenderRequest) -> Generator[np.ndarray, None, None]:
-    """Chunks of uint8 frames (F,H,W,3) whose colour is the seed's and moves with time."""
+def _frames(request: RenderRequest) -> Generator[YuvFrames, None, None]:
+    """Chunks of frames whose colour is the seed's and moves with time."""
     shape = request.shape.asked
     generator = np.random.default_rng(request.seed % 2**32)
     base, drift = generator.integers(0, 200, 3), generator.integers(1, 6, 3)
     for first in range(0, shape.num_frames, 8):
         times = np.arange(first, min(first + 8, shape.num_frames))
         colours = ((base + drift * times[:, None]) % 256).astype(np.uint8)
-        yield np.broadcast_to(colours[:, None, None], (len(times), shape.height, shape.width, 3)).copy()
+        y, u, v = colours.T[:, :, None, None]
+        half = (len(times), shape.height // 2, shape.width // 2)
+        picture = np.broadcast_to(y, (len(times), shape.height, shape.width))
+        yield YuvFrames.joined(picture, np.broadcast_to(u, half), np.broadcast_to(v, half))
 
 
 def do_harm(words: list[str], memory_rung: str) -> None:

@@ -57,7 +57,7 @@ def test_a_bench_that_does_not_exist_is_refused() -> None:
     ("what", "shapes", "contestants"),
     [
         ("step", ["64x64x9", "96x64x9"], ["plain", "exact", "fp8", "diffusers"]),
-        ("decode", ["64x64x9"], ["whole", "whole_channels_last", "tiled", "stream"]),
+        ("decode", ["64x64x9"], ["whole", "whole_channels_last", "tiled", "stream_1", "stream_8_channels_last_fused"]),
         ("kernel", ["64x64x9"], ["rms_norm", "qk_norm_rope", "linear_gelu"]),
     ],
 )

@@ -16,6 +16,7 @@ from pipeline.engine.tiling import Span, Tiles, decode_in_tiles, encode_in_tiles
 from pipeline.errors import UsageError
 from pipeline.geometry import PixelShape, render_shape
 from pipeline.model.checkpoint import CheckpointFile
+from tests.engine.pictures import planes_of
 
 BOUND = 5e-6
 
@@ -182,9 +183,7 @@ def test_frames_of_a_file_can_be_decoded_in_tiles(golden, decoder):
     latent = golden("vae_ltx2_0/case_decode_tiled")["in.latent"]
     vae, shape = decoder("vae_ltx2_0"), render_shape(PixelShape(17, 64, 96, 24.0), 32)
     tiles = tiles_of_size(width_px=(64, 32))
-    tiled = np.concatenate(list(decode_frames(vae, latent, shape, tiles=tiles)))
-    whole = np.concatenate(list(decode_frames(vae, latent, shape)))
-    pixels = vae.decode(latent, tiles=tiles)[0].permute(1, 2, 3, 0)
-    expected = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    assert np.array_equal(tiled, expected)
+    tiled, whole = (planes_of(decode_frames(vae, latent, shape, tiles=cut)) for cut in (tiles, None))
+    expected, _ = vae.ops.rgb_to_yuv420(vae.decode(latent, tiles=tiles)[0])
+    assert np.array_equal(tiled, expected.numpy())
     assert not np.array_equal(tiled, whole)

@@ -26,6 +26,7 @@ from pipeline.engine.latents import (
 from pipeline.geometry import PixelShape, latent_shape
 from pipeline.model.checkpoint import CheckpointFile, load_denoiser
 from tests.engine.golden_engine import engine_builder, recorded
+from tests.engine.pictures import rgb_of
 
 
 class RecordedStates:
@@ -86,9 +87,8 @@ def assert_steps_are_recorded(case, steps, prefix=""):
             case.assert_close(f"mid.{prefix}step{index}.audio.{kind}", tokens.audio_BTC, bound=BOUND)
 
 
-def assert_clip_is_recorded(case, streams):
-    frames = np.concatenate(list(streams.frames))
-    assert frames.dtype == np.uint8
+def assert_clip_is_recorded(case, engine, streams):
+    frames = rgb_of(engine, streams)
     if "out.video_uint8" in case.tensors:
         expected = case["out.video_uint8"].numpy()
         assert frames.shape == expected.shape and np.abs(frames.astype(int) - expected.astype(int)).max() <= 1
@@ -139,7 +139,7 @@ class TestDistilledTwoStage:
 
     def test_frames_and_sound_are_the_references(self, engine, case, recipe, request_for):
         request = request_for(prompt="positive", width=128, height=128)
-        assert_clip_is_recorded(case, engine.render(request, recipe, lambda stage: None))
+        assert_clip_is_recorded(case, engine, engine.render(request, recipe, lambda stage: None))
 
     def test_the_first_stages_sound_can_ship(self, engine, case, recipe):
         recipe.sound_from_stage = 1
@@ -173,7 +173,7 @@ class TestOneStageGuided:
 
     def test_frames_and_sound_are_the_references(self, engine, case, request_for):
         request = request_for(prompt="positive", width=96, height=64, grid_px=32)
-        assert_clip_is_recorded(case, engine.render(request, guided_recipe(case), lambda stage: None))
+        assert_clip_is_recorded(case, engine, engine.render(request, guided_recipe(case), lambda stage: None))
 
 
 class TestDistilledTwoStageFromAPicture:
@@ -210,7 +210,7 @@ class TestDistilledTwoStageFromAPicture:
     def test_frames_and_sound_are_the_references(self, engine, case, recipe, request_for, picture):
         request = request_for(prompt="positive", width=128, height=128)
         streams = engine.render(request, recipe, lambda stage: None, pictures=[picture])
-        assert_clip_is_recorded(case, streams)
+        assert_clip_is_recorded(case, engine, streams)
 
 
 class TestOneStageGuidedBetweenPictures:
@@ -248,7 +248,7 @@ class TestOneStageGuidedBetweenPictures:
     def test_frames_and_sound_are_the_references(self, engine, case, request_for, pictures):
         request = request_for(prompt="positive", width=96, height=64, grid_px=32)
         streams = engine.render(request, guided_recipe(case), lambda stage: None, pictures=pictures)
-        assert_clip_is_recorded(case, streams)
+        assert_clip_is_recorded(case, engine, streams)
 
 
 def test_guided_latents_of_ltx_2_3_are_the_references(golden, fixtures):

@@ -20,6 +20,7 @@ from pipeline.engine.latents import add_noise, seeded_noise, unpatchify_video
 from pipeline.geometry import PixelShape, latent_shape
 from pipeline.telemetry import ignore_steps
 from tests.engine.golden_engine import engine_builder, recorded
+from tests.engine.pictures import rgb_of
 
 # Of scale; the records allow 1e-3.
 BOUND = 5e-6
@@ -48,9 +49,10 @@ def engine_for(fixtures):
     return lambda case: build(RecordedStates(case), lambda: recorded_draws(case))
 
 
-def frames_of(streams):
+def frames_of(engine, *what, **pictures):
+    streams = engine.render(*what, lambda stage: None, **pictures)
     assert streams.waveform is None and streams.sample_rate_hz is None
-    return np.concatenate(list(streams.frames)).astype(int)
+    return rgb_of(engine, streams).astype(int)
 
 
 class TestDevInOnePass:
@@ -97,7 +99,7 @@ class TestDevInOnePass:
 
     def test_frames_are_the_references(self, engine_for, case, recipe, request_for):
         request = request_for(prompt="positive", width=96, height=64, grid_px=32, fps=30.0)
-        frames = frames_of(engine_for(case).render(request, recipe, lambda stage: None))
+        frames = frames_of(engine_for(case), request, recipe)
         expected = case["out.video"][0].permute(1, 2, 3, 0).numpy()
         assert np.abs(frames / 255 - expected).max() <= 0.6 / 255
 
@@ -145,12 +147,12 @@ class TestDistilledMultiScale:
 
     def test_frames_are_the_references(self, engine_for, case, recipe, pictures, request_for):
         request = request_for(prompt="positive", width=192, height=96, grid_px=32, fps=25.0)
-        frames = frames_of(engine_for(case).render(request, recipe, lambda stage: None, pictures=pictures))
+        frames = frames_of(engine_for(case), request, recipe, pictures=pictures)
         expected = case["out.video_uint8"][0].permute(1, 2, 3, 0).numpy().astype(int)
         assert frames.shape == expected.shape
         assert np.abs(frames - expected).max() <= 1
         recipe.stages[1].adain = 0.0
-        other = frames_of(engine_for(case).render(request, recipe, lambda stage: None, pictures=pictures))
+        other = frames_of(engine_for(case), request, recipe, pictures=pictures)
         assert np.abs(other - expected).max() > 1, "the adapted statistics are part of what is compared"
 
 
@@ -165,5 +167,5 @@ def test_shipped_recipe_renders_on_a_tiny_model(engine_for, golden, request_for,
     engine = replace(engine_for(case), noise_for=seeded_noise)
     request = request_for(prompt="positive", width=190, height=96, grid_px=recipe.grid_px)
     assert recipe.grid_px == 32
-    frames = frames_of(engine.render(request, recipe, lambda stage: None))
+    frames = frames_of(engine, request, recipe)
     assert frames.shape == (9, 96, 190, 3) and frames.std() > 1

@@ -9,6 +9,7 @@ import torch
 from kernels.ops import reference_ops
 from pipeline.config.model import PrecisionConfig
 from pipeline.engine.loading import load_engine
+from tests.engine.pictures import planes_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +20,7 @@ pytestmark = [
 def rendered(model, recipe, request, device):
     engine = load_engine(model, PrecisionConfig(), device=device, ops=reference_ops())
     streams = engine.render(request, recipe, lambda stage: None)
-    return np.concatenate(list(streams.frames)).astype(np.float32), streams.waveform
+    return planes_of(streams.frames).astype(np.float32), streams.waveform
 
 
 def test_a_clip_on_the_gpu_is_the_clip_on_the_cpu(nano_model, recipe, request_for):

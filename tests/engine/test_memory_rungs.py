@@ -17,6 +17,7 @@ from pipeline.engine.residency import Residency
 from pipeline.engine.text import TEXT_ENCODER
 from pipeline.errors import OutOfMemory
 from pipeline.records.work import MEMORY_RUNGS
+from tests.engine.pictures import planes_of
 
 EVERY_PART = {TEXT_ENCODER, DENOISER, VIDEO_DECODER}
 
@@ -34,7 +35,7 @@ def test_every_rung_gives_the_same_bytes(engine, recipe, request_for):
     recipe.stages[1].adapter = "distilled"
     request = request_for(width=100, height=66, num_frames=25)
     clips = [clip_on(rung, engine, recipe, request) for rung in (*MEMORY_RUNGS, MEMORY_RUNGS[0])]
-    frames = [np.concatenate(chunks) for chunks, _ in clips]
+    frames = [planes_of(chunks) for chunks, _ in clips]
     assert all(np.array_equal(frames[0], others) for others in frames[1:])
     assert all(np.array_equal(clips[0][1], waveform) for _, waveform in clips[1:])
 
@@ -44,7 +45,7 @@ def test_lower_rungs_decode_in_smaller_chunks(engine, recipe, request_for):
     expected = {"planned": 8 * CHUNK_LATENT_FRAMES}
     for rung in MEMORY_RUNGS:
         chunks, _ = clip_on(rung, engine, recipe, request_for(num_frames=25))
-        assert len(chunks[0]) == expected.get(rung, 8 * SMALL_CHUNK_LATENT_FRAMES)
+        assert chunks[0].num_frames == expected.get(rung, 8 * SMALL_CHUNK_LATENT_FRAMES)
 
 
 def test_on_the_last_rung_every_part_that_can_waits_and_comes_back_for_the_next_clip(engine, recipe, request_for):
@@ -117,7 +118,7 @@ def test_memory_exhausted_in_any_phase_is_reported_and_the_next_clip_is_rendered
     ):
         dataclasses.replace(engine, **{part: Full()}).render(request_for(), recipe, ignore)
     after = clip_on("offload", engine, recipe, request_for())
-    assert np.array_equal(np.concatenate(before[0]), np.concatenate(after[0]))
+    assert np.array_equal(planes_of(before[0]), planes_of(after[0]))
 
 
 def fail_to_pin():

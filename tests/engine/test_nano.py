@@ -14,6 +14,7 @@ from pipeline.engine import nano
 from pipeline.engine.components.text_encoder import load_text_encoder
 from pipeline.errors import UsageError
 from pipeline.model.checkpoint import CheckpointFile
+from tests.engine.pictures import rgb_of
 
 
 def _contents(folder):
@@ -107,7 +108,7 @@ def test_clips_are_colourful_moving_audible_and_all_different(engine, recipe, re
         for seed in (1, 2):
             request = request_for(prompt=prompt, seed=seed, width=192, height=128, num_frames=25)
             streams = engine.render(request, recipe, lambda stage: None)
-            clips[prompt, seed] = np.concatenate(list(streams.frames)).astype(int), streams.waveform
+            clips[prompt, seed] = rgb_of(engine, streams).astype(int), streams.waveform
     for frames, waveform in clips.values():
         assert 30 < frames.std() < 110, "neither flat nor black and white"
         assert frames.std(axis=-1).mean() > 20, "coloured"

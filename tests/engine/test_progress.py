@@ -11,6 +11,7 @@ from pipeline.engine.decode import CHUNK_LATENT_FRAMES
 from pipeline.engine.samplers import SAMPLERS
 from pipeline.errors import EngineFault
 from tests.engine.conftest import STAGE_1_SIGMAS, STAGE_2_SIGMAS
+from tests.engine.pictures import planes_of
 
 
 def ignore(stage):
@@ -19,7 +20,7 @@ def ignore(stage):
 
 def of_both(engine, recipe, request, **progress):
     streams = engine.render(request, recipe, ignore, **progress)
-    return np.concatenate(list(streams.frames)), streams.waveform
+    return planes_of(streams.frames), streams.waveform
 
 
 def test_every_step_and_chunk_is_told_once_it_is_done(engine, recipe, request_for):

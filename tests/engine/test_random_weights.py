@@ -18,6 +18,7 @@ from pipeline.config.model import PrecisionConfig
 from pipeline.engine.loading import load_engine
 from pipeline.engine.nano import _text_encoder_shapes
 from pipeline.engine.random_weights import layout_of, quantised, write_random
+from tests.engine.pictures import planes_of
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "conf" / "published"
 
@@ -91,7 +92,7 @@ def test_a_random_model_loads_and_renders_finite_frames(nano_model, nano_folder,
     nano_model.folder = str(tmp_path)
     engine = load_engine(nano_model, PrecisionConfig(), device="cpu", ops=reference_ops())
     streams = engine.render(request_for(width=64, height=64, num_frames=9), recipe, lambda stage: None)
-    frames = np.concatenate(list(streams.frames))
+    frames = planes_of(streams.frames)
     assert frames.std() > 1, "not a blank picture"
     assert np.isfinite(streams.waveform).all() and streams.waveform.std() > 0
 

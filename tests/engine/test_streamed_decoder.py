@@ -1,4 +1,4 @@
-"""Decoding frame by frame: the whole decode to the bit, in memory that does not grow with the clip, nothing twice."""
+"""Decoding a few frames at a time: the whole decode to the bit, in memory that does not grow with the clip."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import PerChannelRMSNorm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.engine.components.streamed_decoder import can_stream
+from pipeline.engine.components.streamed_decoder import Manner, can_stream
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, load_video_decoder, video_decoder_blueprint
 from pipeline.engine.decode import decode_frames
 from pipeline.engine.nano import CHECKPOINT
 from pipeline.geometry import PixelShape, render_shape
 from pipeline.model.checkpoint import CheckpointFile
 from tests.engine.live_tensors import LiveTensors
+from tests.engine.pictures import planes_of
 
 BOUND = 5e-6
 VAES = ["vae_ltx2_0", "vae_ltx2_3", "vae_ltxv_0_9_8", "nano"]
@@ -42,8 +44,14 @@ def noise_for(vae):
     return DecodeNoise(0.05) if vae.takes_noise else None
 
 
-def streamed(vae, latent, noise=None):
-    return torch.cat(list(vae.stream(latent, noise=noise or noise_for(vae))), dim=2)
+def streamed(vae, latent, noise=None, **manner):
+    return torch.cat(list(in_manner(vae, **manner).stream(latent, noise=noise or noise_for(vae))), dim=2)
+
+
+def in_manner(vae, **manner):
+    other = copy.copy(vae)
+    other.manner = Manner(**manner)
+    return other
 
 
 def latent_of(num_frames, height, width):
@@ -100,6 +108,76 @@ def test_stream_is_the_whole_decode_but_for_rounding_everywhere(decoder, name, s
     assert (streamed(vae, latent) - whole).abs().max() <= 2 * BOUND * whole.abs().max()
 
 
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("size", [(1, 2, 3), (2, 2, 2), (4, 3, 5)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_stream_that_takes_the_whole_clip_at_once_is_to_the_bit_the_whole_decode(decoder, name, size, is_causal):
+    vae, latent = decoder(name, is_causal=is_causal), latent_of(*size)
+    whole = vae.decode(latent, noise=noise_for(vae))
+    assert torch.equal(streamed(vae, latent, frames_per_convolution=whole.shape[2]), whole)
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+@pytest.mark.parametrize("frames_per_convolution", [2, 3, 8])
+def test_blocks_of_every_size_give_the_whole_decode(decoder, name, num_frames, frames_per_convolution):
+    """To the bit where frames fill vector registers, but for rounding elsewhere; whatever is a block's last frame."""
+    for size, exact in (((num_frames, 8, 8), True), ((num_frames, 3, 5), False)):
+        vae, latent = decoder(name), latent_of(*size)
+        whole = vae.decode(latent, noise=noise_for(vae))
+        got = streamed(vae, latent, frames_per_convolution=frames_per_convolution)
+        assert got.shape == whole.shape and (got - whole).abs().max() <= 2 * BOUND * whole.abs().max()
+        assert not exact or torch.equal(got, whole)
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the frames of the answers and the layouts of what convolutions in three dimensions take and hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_frames, self.channels_last = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        if "convolution" in func.name() and answer.dim() == 5:
+            self.num_frames.append(answer.shape[2])
+            self.channels_last.append([x.is_contiguous(memory_format=torch.channels_last_3d) for x in args[:2]])
+        return answer
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_no_convolution_takes_more_frames_than_it_may_and_nearly_all_take_as_many(decoder, name, size):
+    vae, latent = decoder(name), latent_of(40, 2, 2)
+    with Convolutions() as seen:
+        streamed(vae, latent, frames_per_convolution=size)
+    assert max(seen.num_frames) == size
+    # Of each layer the first block and those at its end may have fewer.
+    assert sum(num < size for num in seen.num_frames) <= 0.2 * len(seen.num_frames)
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("size", [1, 4])
+def test_activations_lie_as_the_weights_do(decoder, name, size):
+    vae, latent = decoder(name), latent_of(3, 4, 6)
+    expected = streamed(vae, latent, frames_per_convolution=size)
+    vae.module.to(memory_format=torch.channels_last_3d)
+    with Convolutions() as seen:
+        got = streamed(vae, latent, frames_per_convolution=size)
+    assert all(all(pair) for pair in seen.channels_last)
+    assert (got - expected).abs().max() <= 2 * BOUND * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_norms_and_activations_as_one_operation_give_the_same_bits_in_float32(decoder, name):
+    vae, latent = decoder(name), latent_of(3, 2, 3)
+    fused = streamed(vae, latent, norm_silu=vae.ops.rms_norm_silu)
+    if vae.takes_noise:
+        assert (fused - streamed(vae, latent)).abs().max() <= BOUND * fused.abs().max()
+    else:
+        assert torch.equal(fused, streamed(vae, latent))
+
+
 @pytest.mark.parametrize("case", ["vae_ltx2_0/case_decode", "vae_ltx2_3/case_decode", "vae_ltxv_0_9_8/case_decode_t0"])
 def test_stream_agrees_with_the_reference(golden, decoder, case):
     record = golden(case)
@@ -123,10 +201,10 @@ def test_chunks_of_every_length_have_the_same_bytes(decoder, name, num_frames):
         length: list(decode_frames(vae, latent, shape, noise=noise_for(vae), chunk_latent_frames=length))
         for length in (1, 2, 3, 100)
     }
-    assert len(of_length[100]) == 1 and of_length[100][0].shape == (8 * num_frames - 7, 64, 90, 3)
+    assert len(of_length[100]) == 1 and of_length[100][0].planes.shape == (8 * num_frames - 7, 64 * 3 // 2, 90)
     for length, chunks in of_length.items():
-        assert all(len(chunk) == 8 * length for chunk in chunks[:-1])
-        assert np.array_equal(np.concatenate(chunks), of_length[100][0])
+        assert all(chunk.num_frames == 8 * length for chunk in chunks[:-1])
+        assert np.array_equal(planes_of(chunks), of_length[100][0].planes)
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -164,6 +242,19 @@ def test_memory_does_not_grow_with_the_clip(decoder, name):
     assert peak_bytes(lambda: drain(long)) < long_bytes / 6
 
 
+def test_memory_grows_with_the_frames_of_a_convolution_and_not_with_the_clip(decoder):
+    vae = decoder("nano")
+
+    def drain(latent, size):
+        for _ in in_manner(vae, frames_per_convolution=size).stream(latent):
+            pass
+
+    short, long = (latent_of(num_frames, 4, 4) for num_frames in (24, 48))
+    one, two, eight = (peak_bytes(lambda n=n: drain(short, n)) for n in (1, 2, 8))
+    assert one < two < eight
+    assert peak_bytes(lambda: drain(long, 8)) <= eight + 3 * (long.nbytes - short.nbytes)
+
+
 def test_memory_grows_with_the_chunk(decoder):
     vae, latent = decoder("nano"), latent_of(33, 4, 4)
     shape = render_shape(PixelShape(257, 128, 128, 24.0), 32)
@@ -196,4 +287,4 @@ def test_decoder_that_draws_noise_as_it_goes_cannot_stream_and_is_decoded_whole(
     whole.can_stream = False
     whole.stream = None
     frames = list(decode_frames(whole, latent_of(3, 2, 2), render_shape(PixelShape(17, 64, 64, 24.0), 32)))
-    assert [len(chunk) for chunk in frames] == [16, 1]
+    assert [chunk.num_frames for chunk in frames] == [16, 1]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from pipeline.media.frame_buffer import FrameBuffer
+from pipeline.records.frames import YuvFrames
 
 
-def chunk(value: int) -> np.ndarray:
-    return np.full((1, 2, 2, 3), value, np.uint8)
+def chunk(value: int) -> YuvFrames:
+    return YuvFrames(np.full((1, 3, 2), value, np.uint8))
 
 
 def test_chunks_come_in_order_and_end() -> None:
@@ -19,14 +20,14 @@ def test_chunks_come_in_order_and_end() -> None:
     for value in range(3):
         assert buffer.put(chunk(value), 0)
     buffer.complete()
-    assert [int(each.flat[0]) for each in buffer.chunks()] == [0, 1, 2]
+    assert [int(each.y.flat[0]) for each in buffer.chunks()] == [0, 1, 2]
 
 
 def test_a_full_buffer_takes_the_next_chunk_once_one_was_read() -> None:
     buffer = FrameBuffer(chunk(0).nbytes)
     assert buffer.put(chunk(0), 0) and not buffer.put(chunk(1), 0)
     reader = buffer.chunks()
-    assert next(reader).flat[0] == 0
+    assert next(reader).y.flat[0] == 0
     assert buffer.put(chunk(1), 0)
 
 

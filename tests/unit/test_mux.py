@@ -15,12 +15,13 @@ import pytest
 from pipeline.errors import EngineFault, StorageFull
 from pipeline.media.mux import AAC_FRAME_SAMPLES, EncodeReport, EncodeSettings, exact_rate, write_clip
 from pipeline.media.probe import check_clip, probe_clip
+from pipeline.records.frames import YuvFrames
 
 SETTINGS = EncodeSettings(preset="veryfast", crf=18, x264_threads=2, audio_bitrate_kbps=128)
 HEIGHT, WIDTH = 128, 192
 
 
-def moving_chunks(num_frames: int, chunk: int = 4, *, height: int = HEIGHT, width: int = WIDTH) -> Iterator[np.ndarray]:
+def moving_chunks(num_frames: int, chunk: int = 4, *, height: int = HEIGHT, width: int = WIDTH) -> Iterator[YuvFrames]:
     """Smooth motion with grain: the content and size on which x264's AVX-512 code gives other bytes each run."""
     grain = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width]
@@ -29,7 +30,12 @@ def moving_chunks(num_frames: int, chunk: int = 4, *, height: int = HEIGHT, widt
             128 + 60 * np.sin((x + 3 * i) / 17) + 30 * np.cos((y - 2 * i) / 11) + grain.normal(0, 4, x.shape)
             for i in range(start, min(num_frames, start + chunk))
         ]
-        yield np.repeat(np.stack(frames).clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
+        yield grey(np.stack(frames).clip(16, 235).astype(np.uint8))
+
+
+def grey(luma: np.ndarray) -> YuvFrames:
+    neutral = np.full_like(luma[:, ::2, ::2], 128)
+    return YuvFrames.joined(luma, neutral, neutral)
 
 
 def tone(num_samples: int, sample_rate_hz: int, channels: int = 2) -> np.ndarray:
@@ -39,7 +45,7 @@ def tone(num_samples: int, sample_rate_hz: int, channels: int = 2) -> np.ndarray
 
 def write(
     path: Path,
-    frames: Iterator[np.ndarray],
+    frames: Iterator[YuvFrames],
     *,
     num_frames: int,
     fps: float = 24.0,
@@ -131,24 +137,35 @@ def test_a_click_is_heard_at_the_sample_where_it_was_put(tmp_path: Path) -> None
     assert abs(int(np.abs(decoded_sound(tmp_path / "a.mp4")[0]).argmax()) - 5001) <= 3
 
 
-@pytest.mark.parametrize("rgb", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (180, 60, 120)])
-def test_colours_are_limited_range_bt709_and_tagged_so(tmp_path: Path, rgb: tuple[int, int, int]) -> None:
-    frames = np.broadcast_to(np.array(rgb, np.uint8), (1, 64, 64, 3))
-    write(tmp_path / "a.mp4", iter([frames]), num_frames=1)
+@pytest.mark.parametrize("yuv", [(16, 128, 128), (235, 128, 128), (63, 102, 240), (94, 142, 173)])
+def test_planes_are_written_as_they_are_and_tagged_limited_range_bt709(
+    tmp_path: Path, yuv: tuple[int, int, int]
+) -> None:
+    planes = [np.full((1, 64 // size, 64 // size), level, np.uint8) for level, size in zip(yuv, (1, 2, 2), strict=True)]
+    write(tmp_path / "a.mp4", iter([YuvFrames.joined(*planes)]), num_frames=1)
     with av.open(str(tmp_path / "a.mp4")) as container:
         context = container.streams.video[0].codec_context
         assert (context.color_range, context.colorspace, context.color_primaries, context.color_trc) == (1, 1, 1, 1)
-        planes = next(container.decode(video=0)).to_ndarray().reshape(-1)
-    red, green, blue = (value / 255 for value in rgb)
-    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    expected = (16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748)
-    found = (planes[:4096].mean(), planes[4096:5120].mean(), planes[5120:].mean())
-    assert found == pytest.approx(expected, abs=1.5)
+        read = YuvFrames(next(container.decode(video=0)).to_ndarray()[None])
+    assert [plane.mean() for plane in (read.y, read.u, read.v)] == pytest.approx(yuv, abs=1.5)
+
+
+def test_every_place_of_every_plane_is_written_where_rows_are_padded_in_memory(tmp_path: Path) -> None:
+    """A width that is no multiple of what the library aligns rows to."""
+    y, x = np.mgrid[:66, :90]
+    luma = (60 + y + x).astype(np.uint8)[None]
+    frames = YuvFrames.joined(luma, luma[:, ::2, ::2] // 2 + 60, 255 - luma[:, ::2, ::2] // 2)
+    write(tmp_path / "a.mp4", iter([frames]), num_frames=1)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        read = YuvFrames(next(container.decode(video=0)).to_ndarray()[None])
+    for written, found in zip((frames.y, frames.u, frames.v), (read.y, read.u, read.v), strict=True):
+        assert np.abs(written.astype(int) - found).max() <= 8
+        assert np.abs(written.astype(int) - found).mean() < 1
 
 
 def test_report_holds_the_first_frame_as_it_was_given(tmp_path: Path) -> None:
     report = write(tmp_path / "a.mp4", moving_chunks(9), num_frames=9)
-    assert np.array_equal(report.first_frame, next(moving_chunks(9))[0])
+    assert np.array_equal(report.first_frame.planes, next(moving_chunks(9)).planes[:1])
     assert report.num_frames == 9
     assert report.encode_busy_s > 0
 
@@ -161,9 +178,10 @@ def test_wrong_frame_count_is_a_fault_and_leaves_no_file(tmp_path: Path, given: 
 
 
 def test_odd_and_changing_sizes_are_faults_that_name_both_sizes(tmp_path: Path) -> None:
-    with pytest.raises(EngineFault, match="must be even, got 65x64"):
-        write(tmp_path / "a.mp4", moving_chunks(2, height=64, width=65), num_frames=2)
-    mixed = iter([np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 64, 96, 3), np.uint8)])
+    for size in ((96, 65), (97, 64)):
+        with pytest.raises(EngineFault, match=rf"of even sides, got uint8 \(1, {size[0]}, {size[1]}\)"):
+            write(tmp_path / "a.mp4", iter([YuvFrames(np.zeros((1, *size), np.uint8))]), num_frames=1)
+    mixed = iter([YuvFrames(np.zeros((1, 96, width), np.uint8)) for width in (64, 96)])
     with pytest.raises(EngineFault, match="frame 1 must be 64x64 like the first one, got 96x64"):
         write(tmp_path / "a.mp4", mixed, num_frames=2)
     assert list(tmp_path.iterdir()) == []
@@ -176,7 +194,7 @@ def test_sound_that_is_not_finite_is_a_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("decoder"), KeyboardInterrupt()])
 def test_failing_decoder_stops_the_encoder_and_leaves_no_file(tmp_path: Path, error: BaseException) -> None:
-    def frames() -> Iterator[np.ndarray]:
+    def frames() -> Iterator[YuvFrames]:
         yield from moving_chunks(8)
         raise error
 
@@ -189,11 +207,11 @@ def test_failing_decoder_stops_the_encoder_and_leaves_no_file(tmp_path: Path, er
 def test_failing_encoder_stops_and_closes_the_decoder(tmp_path: Path) -> None:
     made, closed = [0], [False]
 
-    def frames() -> Iterator[np.ndarray]:
+    def frames() -> Iterator[YuvFrames]:
         try:
             while True:
                 made[0] += 1
-                yield np.zeros((1, 64, 65, 3), np.uint8)
+                yield YuvFrames(np.zeros((1, 96, 65), np.uint8))
         finally:
             closed[0] = True
 

@@ -15,14 +15,15 @@ from pipeline.errors import EngineFault
 from pipeline.media.mux import EncodeSettings, write_clip
 from pipeline.media.probe import ClipFacts, check_clip, probe_clip
 from pipeline.media.thumbnail import write_thumbnail
+from pipeline.records.frames import YuvFrames
 
 SETTINGS = EncodeSettings(preset="veryfast", crf=18, x264_threads=1, audio_bitrate_kbps=128)
 
 
-def noise_chunks(num_frames: int) -> Iterator[np.ndarray]:
+def noise_chunks(num_frames: int) -> Iterator[YuvFrames]:
     source = np.random.default_rng(0)
     for _ in range(num_frames):
-        yield source.integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+        yield YuvFrames(source.integers(16, 236, (1, 96, 96), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_durations_may_differ_from_the_request_by_less_than_a_frame(clip: Path) 
 
 
 def test_thumbnail_is_reduced_and_repeats_byte_for_byte(tmp_path: Path) -> None:
-    frame = np.random.default_rng(0).integers(0, 256, (300, 800, 3), dtype=np.uint8)
+    frame = YuvFrames(np.random.default_rng(0).integers(16, 236, (1, 450, 800), dtype=np.uint8))
     for name in ("a.jpg", "b.jpg"):
         write_thumbnail(tmp_path / name, frame, quality=85)
     assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()
@@ -103,6 +104,18 @@ def test_thumbnail_is_reduced_and_repeats_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_small_frames_are_not_enlarged(tmp_path: Path) -> None:
-    write_thumbnail(tmp_path / "a.jpg", np.full((64, 96, 3), 200, np.uint8), quality=85)
+    write_thumbnail(tmp_path / "a.jpg", YuvFrames(np.full((1, 96, 96), 128, np.uint8)), quality=85)
     with Image.open(tmp_path / "a.jpg") as picture:
         assert picture.size == (96, 64)
+
+
+@pytest.mark.parametrize(
+    ("yuv", "rgb"), [((63, 102, 240), (255, 0, 0)), ((32, 240, 118), (0, 0, 255)), ((235, 128, 128), (255, 255, 255))]
+)
+def test_thumbnail_has_the_colours_of_the_frame(
+    tmp_path: Path, yuv: tuple[int, int, int], rgb: tuple[int, int, int]
+) -> None:
+    planes = [np.full((1, 64 // size, 64 // size), level, np.uint8) for level, size in zip(yuv, (1, 2, 2), strict=True)]
+    write_thumbnail(tmp_path / "a.jpg", YuvFrames.joined(*planes), quality=95)
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert np.asarray(picture).mean(axis=(0, 1)) == pytest.approx(rgb, abs=4)

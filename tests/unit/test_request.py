@@ -124,21 +124,21 @@ def test_a_file_name_is_safe_whatever_the_id() -> None:
 @pytest.mark.parametrize(
     ("row", "wishes", "key"),
     [
-        ({}, NO_WISHES, "b492bf0c8bcb559bf168b5fd930f17ef3e1aee863dbcb374fc4ed98586b5fb96"),
+        ({}, NO_WISHES, "3eebe2b5cd8ca80590ec4bd311d6cc00835f962bed64c91ab519ad84bbbbb4ea"),
         (
             {"prompt": 'Größe "x"\\ \n雪 \u2028', "seed": -5},
             NO_WISHES,
-            "293f79514c8c793a656f216cf52405c79710c47428bbd0f41d2cd95d5702410d",
+            "05b3973a9b899dc1603c2d1df6371c5bf12fd6e69420c8b6b6ec7829beb5e3da",
         ),
         (
             {"fps": 29.97, "num_frames": 33, "seed": 2**62},
             NO_WISHES,
-            "44bfa94f71f9f2b12892e7dfdd41c070b02720f2982b8721d9b0a98058440c57",
+            "405b2cbf99dff9f62358350ea588f837eea553f190cf2b035ec20a7d7b1ffca3",
         ),
         (
             {"width": 126},
             Wishes("rain", 5, None, None, True, (AdapterUse("/a", "a" * 64, 0.5), AdapterUse("/b", "b" * 64, -1.0))),
-            "80be8f8d0758f7c36e3d3276cd18d4e96b1039e1aae6879b4ce7c552fdf8eccd",
+            "893833da48b7559b2df0e27b0af8fd7948509ddaa3f38d6c2ec6f7769fddfd50",
         ),
     ],
 )

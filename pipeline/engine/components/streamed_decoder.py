@@ -1,23 +1,25 @@
-"""The video decoder, frame by frame: the whole decode's pixels from a few frames of context at each layer.
+"""The video decoder, a few frames at a time: the whole decode's pixels from some frames of context at each layer.
 
 Every convolution in time keeps the frames that its next answer needs; where it looks ahead it answers later, and what
-goes round it waits as long. Layers pull frames from each other, so the end of a clip reaches each layer when the one
-before it has run out. Nothing is computed twice, and a clip's length costs no memory.
+goes round it waits as long. Layers pull blocks of frames from each other, so the end of a clip reaches each layer when
+the one before it has run out. Nothing is computed twice, and a clip's length costs no memory.
 
-All arithmetic is on one frame at a time. Libraries choose the order of a sum by the shape of what they are given, so
-this is what makes a frame's bits the same whatever is decoded, held or handed out beside it.
+Libraries choose the order of a sum by the shape of what they are given. So which frames go through a layer together is
+fixed by the layer, by the constant `frames_per_convolution` and by the clip's length alone, and a frame's bits are the
+same however frames are taken, held or handed out. Where one block holds the whole clip, they are the whole decode's.
 
-Knows the layers of diffusers' decoder and shares their weights; loading and latents are `video_vae.py`'s.
+Activations lie in memory as the weights do. Knows the layers of diffusers' decoder and shares their weights; loading
+and latents are `video_vae.py`'s.
 
-Shapes: B batch, C channels, F frames, H height, W width. A frame is a tensor of F = 1.
+Shapes: B batch, C channels, F frames, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain, islice
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
@@ -29,6 +31,44 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
     LTX2VideoUpsampler3d,
 )
 from torch import Tensor
+from torch.nn import functional
+
+from kernels.ops import RmsNormSiluFn
+
+# A change of it changes bits: raise RENDER_REVISION with it.
+FRAMES_PER_CONVOLUTION = 1
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How all layers of one decode work: at most so many frames at once, and norms with what follows them as one.
+
+    Memory grows with the frames. Without `norm_silu` the library's own modules do its part.
+    """
+
+    frames_per_convolution: int = FRAMES_PER_CONVOLUTION
+    norm_silu: RmsNormSiluFn | None = None
+
+
+class _Block(NamedTuple):
+    """Consecutive frames (B,C,F,H,W), and if the clip ends with them."""
+
+    frames: Tensor
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What every layer of one decode is told."""
+
+    manner: Manner
+    is_causal: bool
+    timestep_B: Tensor | None
+    dtype: torch.dtype
+
+
+_Modulation = tuple[Tensor, Tensor]
+"""Scale and shift after a norm, (B,C,1,1,1)."""
 
 
 def can_stream(decoder: LTX2VideoDecoder3d) -> bool:
@@ -37,125 +77,241 @@ def can_stream(decoder: LTX2VideoDecoder3d) -> bool:
     return all(block.per_channel_scale1 is None for block in blocks)
 
 
-def stream_frames(decoder: LTX2VideoDecoder3d, latent_BCFHW: Tensor, timestep_B: Tensor | None) -> Iterator[Tensor]:
+def stream_frames(
+    decoder: LTX2VideoDecoder3d, latent_BCFHW: Tensor, timestep_B: Tensor | None, manner: Manner
+) -> Iterator[Tensor]:
     """Frames (B,3,1,H,W) of what `decoder` makes of the whole latent, in order; the work is done as they are taken."""
-    is_causal = decoder.is_causal
     if timestep_B is not None:
         assert decoder.timestep_scale_multiplier is not None, "a decoder that is told a timestep has it"
         timestep_B = timestep_B * decoder.timestep_scale_multiplier
-    frames = _convolved(decoder.conv_in, iter(latent_BCFHW.split(1, dim=2)), is_causal)
+    if _is_channels_last(decoder.conv_in.conv.weight):
+        latent_BCFHW = latent_BCFHW.contiguous(memory_format=torch.channels_last_3d)
+    way = _Pass(manner, decoder.is_causal, timestep_B, latent_BCFHW.dtype)
+    blocks = _regrouped(iter([_Block(latent_BCFHW, is_last=True)]), way, skip=0)
+    blocks = _convolved(decoder.conv_in, blocks, way)
     for block in (decoder.mid_block, *decoder.up_blocks):
-        frames = _through_block(block, frames, _embedded(block, timestep_B, latent_BCFHW), is_causal)
-    (modulate,) = _modulations(decoder, _embedded(decoder, timestep_B, latent_BCFHW), count=1)
-    norm, activate = decoder.norm_out, decoder.conv_act
-    frames = _convolved(decoder.conv_out, map(lambda frame: activate(modulate(norm(frame))), frames), is_causal)
+        blocks = _through_block(block, blocks, way)
+    (modulation,) = _modulations(decoder, _embedded(decoder, way), count=1)
+    blocks = _mapped(_activation(decoder.norm_out, decoder.conv_act, modulation, way), blocks)
+    blocks = _convolved(decoder.conv_out, blocks, way)
     patch = (decoder.patch_size_t, decoder.patch_size, decoder.patch_size)
     # In a patch the channels run down before they run across, in an upsampler's cell across before down.
-    return map(lambda frame: _spread(frame.unflatten(1, (-1, *patch)).transpose(3, 4)), frames)
+    pixels = map(lambda block: _spread(block.frames.unflatten(1, (-1, *patch)).transpose(3, 4)), blocks)
+    return chain.from_iterable(map(lambda frames_B3FHW: frames_B3FHW.split(1, dim=2), pixels))
 
 
 def _through_block(
-    block: LTX2VideoMidBlock3d | LTX2VideoUpBlock3d, frames: Iterator[Tensor], embedding: Tensor | None, is_causal: bool
-) -> Iterator[Tensor]:
+    block: LTX2VideoMidBlock3d | LTX2VideoUpBlock3d, blocks: Iterator[_Block], way: _Pass
+) -> Iterator[_Block]:
     for upsampler in getattr(block, "upsamplers", None) or ():
-        frames = _upsampled(upsampler, frames, is_causal)
+        blocks = _upsampled(upsampler, blocks, way)
+    embedding = _embedded(block, way)
     for resnet in block.resnets:
-        frames = _through_resnet(resnet, frames, embedding, is_causal)
-    return frames
+        blocks = _through_resnet(resnet, blocks, embedding, way)
+    return blocks
 
 
-def _convolved(layer: LTX2VideoCausalConv3d, frames: Iterator[Tensor], is_causal: bool) -> Iterator[Tensor]:
+def _convolved(layer: LTX2VideoCausalConv3d, blocks: Iterator[_Block], way: _Pass) -> Iterator[_Block]:
     """The first frame stands for what is before the clip, the last for what is after it."""
-    size = layer.kernel_size[0]
-    ahead = 0 if is_causal else (size - 1) // 2
-    window = deque[Tensor]()
-    for frame in frames:
+    context = layer.kernel_size[0] - 1
+    ahead = 0 if way.is_causal else context // 2
+    size = way.manner.frames_per_convolution
+    window: list[Tensor] = []
+    for frames, is_last in blocks:
         if not window:
-            window.extend([frame] * (size - 1 - ahead))
-        window.append(frame)
-        if len(window) == size:
-            yield _answer(layer, window)
-    for _ in range(ahead):
-        window.append(window[-1])
-        if len(window) == size:
-            yield _answer(layer, window)
+            window = [frames[:, :, :1]] * (context - ahead)
+        window.append(frames)
+        if is_last:
+            window.extend([frames[:, :, -1:]] * ahead)
+        # Here and below: not kept while the layers behind this one work.
+        del frames
+        num_answers = sum(part.shape[2] for part in window) - context
+        while num_answers > 0:
+            count = min(size, num_answers)
+            num_answers -= count
+            taken, window = _taken(window, count + context), _without(window, count)
+            yield _Block(_answer(layer, taken), is_last and num_answers == 0)
 
 
-def _answer(layer: LTX2VideoCausalConv3d, window: deque[Tensor]) -> Tensor:
-    joined_BCFHW = torch.cat(tuple(window), dim=2)
-    # Let go before the convolution takes its memory.
-    window.popleft()
-    answer: Tensor = layer.conv(joined_BCFHW)
-    return answer
+def _taken(parts: list[Tensor], count: int) -> list[Tensor]:
+    """The first `count` frames."""
+    taken = []
+    for part in parts:
+        if count > 0:
+            taken.append(part[:, :, :count])
+        count -= part.shape[2]
+    return taken
 
 
-def _through_resnet(
-    resnet: Any, frames: Iterator[Tensor], embedding: Tensor | None, is_causal: bool
-) -> Iterator[Tensor]:
+def _without(parts: list[Tensor], count: int) -> list[Tensor]:
+    """All but the first `count` frames."""
+    rest = []
+    for part in parts:
+        left = part[:, :, max(count, 0) :]
+        if left.shape[2]:
+            # A short rest of a long part is copied, or it would keep all of it.
+            rest.append(left.clone() if left.shape[2] < count else left)
+        count -= part.shape[2]
+    return rest
+
+
+def _answer(layer: LTX2VideoCausalConv3d, taken: list[Tensor]) -> Tensor:
+    conv = layer.conv
+    layout = torch.channels_last_3d if _is_channels_last(conv.weight) else torch.contiguous_format
+    if conv.padding_mode != "reflect":
+        joined_BCFHW = torch.cat(taken, dim=2).contiguous(memory_format=layout)
+        taken.clear()
+        answer: Tensor = conv(joined_BCFHW)
+        return answer
+    # The library's padding is a pass of its own, and on a GPU forgets where channels lie.
+    joined_BCFHW = _reflected(taken, layout, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
+    taken.clear()
+    return functional.conv3d(joined_BCFHW, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def _reflected(parts: list[Tensor], layout: torch.memory_format, rows: int, columns: int) -> Tensor:
+    """The parts one after the other, in a frame of `rows` and `columns` of what lies within their edges."""
+    batch, channels, _, height, width = parts[0].shape
+    padded = torch.empty(
+        (batch, channels, sum(part.shape[2] for part in parts), height + 2 * rows, width + 2 * columns),
+        dtype=parts[0].dtype,
+        device=parts[0].device,
+        memory_format=layout,
+    )
+    inner, begin = padded[..., rows : rows + height, columns : columns + width], 0
+    for part in parts:
+        inner[:, :, begin : begin + part.shape[2]] = part
+        begin += part.shape[2]
+    within = padded[..., columns : columns + width]
+    for step in range(1, rows + 1):
+        within[..., rows - step, :] = within[..., rows + step, :]
+        within[..., rows + height - 1 + step, :] = within[..., rows + height - 1 - step, :]
+    for step in range(1, columns + 1):
+        padded[..., columns - step] = padded[..., columns + step]
+        padded[..., columns + width - 1 + step] = padded[..., columns + width - 1 - step]
+    return padded
+
+
+def _through_resnet(resnet: Any, blocks: Iterator[_Block], embedding: Tensor | None, way: _Pass) -> Iterator[_Block]:
     first, second = _modulations(resnet, embedding, count=2)
-    activate = resnet.nonlinearity
-    waiting = deque[Tensor]()
-    # Not loops: a loop would keep the frame it is at for as long as the layers behind it work.
-    hidden: Iterator[Tensor] = map(lambda frame: activate(first(resnet.norm1(frame))), _noted(frames, waiting))
-    hidden = _convolved(resnet.conv1, hidden, is_causal)
-    hidden = map(lambda frame: activate(second(resnet.norm2(frame))), hidden)
-    hidden = _convolved(resnet.conv2, hidden, is_causal)
-    return map(lambda frame: frame + waiting.popleft(), hidden)
+    waiting = _Waiting()
+    hidden = _mapped(_activation(resnet.norm1, resnet.nonlinearity, first, way), waiting.noting(blocks))
+    hidden = _convolved(resnet.conv1, hidden, way)
+    hidden = _mapped(_activation(resnet.norm2, resnet.nonlinearity, second, way), hidden)
+    return _mapped(waiting.added_to, _convolved(resnet.conv2, hidden, way))
 
 
-def _upsampled(layer: LTX2VideoUpsampler3d, frames: Iterator[Tensor], is_causal: bool) -> Iterator[Tensor]:
+def _upsampled(layer: LTX2VideoUpsampler3d, blocks: Iterator[_Block], way: _Pass) -> Iterator[_Block]:
     """Each frame becomes `layer.stride[0]` frames of larger sides; the clip's first gives only the last of them."""
-    stride, waiting = layer.stride, deque[Tensor]()
+    stride, waiting = layer.stride, _Waiting()
     repeats = stride[0] * stride[1] * stride[2] // layer.upscale_factor
 
-    def enlarged(frame: Tensor) -> Tensor:
-        larger, around = _spread(frame.unflatten(1, (-1, *stride))), waiting.popleft()
-        if not layer.residual:
-            return larger
-        return larger + _spread(around.unflatten(1, (-1, *stride))).repeat(1, repeats, 1, 1, 1)
+    def enlarged(frames: Tensor) -> Tensor:
+        larger = _spread(frames.unflatten(1, (-1, *stride)))
+        around = waiting.take(frames.shape[2])
+        if layer.residual:
+            larger.unflatten(1, (repeats, -1)).add_(_spread(around.unflatten(1, (-1, *stride))).unsqueeze(1))
+        return larger
 
-    answers = _convolved(layer.conv, _noted(frames, waiting), is_causal)
-    finer = chain.from_iterable(map(lambda frame: enlarged(frame).split(1, dim=2), answers))
-    return islice(finer, stride[0] - 1, None)
+    answers = _mapped(enlarged, _convolved(layer.conv, waiting.noting(blocks), way))
+    return _regrouped(answers, way, skip=stride[0] - 1)
+
+
+def _regrouped(blocks: Iterator[_Block], way: _Pass, *, skip: int) -> Iterator[_Block]:
+    """Blocks of as many frames as a convolution takes, the last one fewer; without the clip's first `skip` frames."""
+    size, held = way.manner.frames_per_convolution, list[Tensor]()
+    for frames, is_last in blocks:
+        held.append(frames[:, :, skip:])
+        skip = 0
+        del frames
+        num_held = sum(part.shape[2] for part in held)
+        while num_held >= size or (is_last and num_held):
+            num_held = max(num_held - size, 0)
+            taken, held = _taken(held, size), _without(held, size)
+            yield _Block(_joined(taken), is_last and num_held == 0)
 
 
 def _spread(cells_BCTYXFHW: Tensor) -> Tensor:
     """Channels (T,Y,X) of each place become its frames, rows and columns: (B, C, F*T, H*Y, W*X)."""
+    if cells_BCTYXFHW.stride(7) > 1:  # channels lie next to each other, and shall
+        last = cells_BCTYXFHW.permute(0, 5, 2, 6, 3, 7, 4, 1).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return last.movedim(-1, 1)
     return cells_BCTYXFHW.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def _noted(frames: Iterator[Tensor], waiting: deque[Tensor]) -> Iterator[Tensor]:
-    """The same frames, each kept in `waiting` for what goes round the layers in between."""
+class _Waiting:
+    """Frames on their way round layers that answer later."""
 
-    def note(frame: Tensor) -> Tensor:
-        waiting.append(frame)
-        return frame
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
 
-    return map(note, frames)
+    def noting(self, blocks: Iterator[_Block]) -> Iterator[_Block]:
+        """The same blocks, whose frames wait from then on."""
+
+        def note(frames: Tensor) -> Tensor:
+            self._parts.append(frames)
+            return frames
+
+        return _mapped(note, blocks)
+
+    def take(self, count: int) -> Tensor:
+        """The `count` frames that have waited longest."""
+        return _joined(self._take(count))
+
+    def added_to(self, frames: Tensor) -> Tensor:
+        """`frames`, to which as many that wait are added in place."""
+        begin = 0
+        for part in self._take(frames.shape[2]):
+            frames[:, :, begin : begin + part.shape[2]] += part
+            begin += part.shape[2]
+        return frames
+
+    def _take(self, count: int) -> list[Tensor]:
+        taken, self._parts = _taken(self._parts, count), _without(self._parts, count)
+        return taken
 
 
-def _embedded(owner: Any, timestep_B: Tensor | None, latent_BCFHW: Tensor) -> Tensor | None:
+def _mapped(change: Callable[[Tensor], Tensor], blocks: Iterator[_Block]) -> Iterator[_Block]:
+    # Not a loop: it would keep the block it is at for as long as the layers behind it work.
+    return map(lambda block: _Block(change(block.frames), block.is_last), blocks)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.stride(1) == 1 and tensor.stride(-1) > 1
+
+
+def _embedded(owner: Any, way: _Pass) -> Tensor | None:
     """The timestep as the blocks of `owner` are told it, (B,C,1,1,1)."""
-    if timestep_B is None:
+    if way.timestep_B is None:
         return None
     embedding: Tensor = owner.time_embedder(
-        timestep=timestep_B.flatten(),
+        timestep=way.timestep_B.flatten(),
         resolution=None,
         aspect_ratio=None,
-        batch_size=latent_BCFHW.shape[0],
-        hidden_dtype=latent_BCFHW.dtype,
+        batch_size=way.timestep_B.shape[0],
+        hidden_dtype=way.dtype,
     )
     return embedding[..., None, None, None]
 
 
-def _modulations(owner: Any, embedding: Tensor | None, *, count: int) -> list[Callable[[Tensor], Tensor]]:
-    """A shift and a scale after each norm, from the timestep and a table; nothing where there is no timestep."""
+def _modulations(owner: Any, embedding: Tensor | None, *, count: int) -> list[_Modulation | None]:
+    """What follows each norm, from the timestep and a table; nothing where there is no timestep."""
     if embedding is None:
-        return [lambda frame: frame] * count
+        return [None] * count
     table_KC111 = owner.scale_shift_table[..., None, None, None]
     rows = (embedding.unflatten(1, (2 * count, -1)) + table_KC111).unbind(dim=1)
-    return [_modulation(shift, scale) for shift, scale in zip(rows[::2], rows[1::2], strict=True)]
+    return list(zip(rows[1::2], rows[::2], strict=True))
 
 
-def _modulation(shift: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda frame: frame * (1 + scale) + shift
+def _activation(norm: Any, activate: Any, modulation: _Modulation | None, way: _Pass) -> Callable[[Tensor], Tensor]:
+    fused = way.manner.norm_silu
+    if fused is not None:
+        return lambda frames: fused(frames, modulation, norm.eps)
+    if modulation is None:
+        return lambda frames: activate(norm(frames))
+    scale, shift = modulation
+    return lambda frames: activate(norm(frames) * (1 + scale) + shift)

@@ -22,13 +22,15 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
 )
 from torch import Tensor, nn
 
+from kernels.ops import OpSet, reference_ops
 from pipeline.engine.components.blueprint import Blueprint, load_statistics, section
-from pipeline.engine.components.streamed_decoder import can_stream, stream_frames
+from pipeline.engine.components.streamed_decoder import Manner, can_stream, stream_frames
 from pipeline.engine.latents import ChannelStatistics
 from pipeline.engine.tiling import Tiles, decode_in_tiles, encode_in_tiles
 from pipeline.errors import UsageError
 from pipeline.model.checkpoint import CheckpointFile
 
+PLAIN_OPS = reference_ops()
 _UPSAMPLE_TYPES = {"compress_all": "spatiotemporal", "compress_space": "spatial", "compress_time": "temporal"}
 _DOWNSAMPLE_TYPES = {f"{kind}_res": name for kind, name in _UPSAMPLE_TYPES.items()}
 # Width of the outermost blocks where a file does not say; LTX-Video files do not.
@@ -49,12 +51,22 @@ class DecodeNoise:
 class VideoDecoder:
     """Normalised video latents (B,C,F,H,W) to pixels (B,3,8F-7,32H,32W), roughly in [-1,1], not clamped.
 
-    `takes_noise` says if it must be given a `DecodeNoise`, `can_stream` if it can go frame by frame.
+    `takes_noise` says if it must be given a `DecodeNoise`, `can_stream` if it can go frame by frame; `ops` are what its
+    device has, `manner` how a stream goes.
     """
 
-    def __init__(self, module: LTX2VideoDecoder3d, statistics: ChannelStatistics, *, takes_noise: bool = False) -> None:
+    def __init__(
+        self,
+        module: LTX2VideoDecoder3d,
+        statistics: ChannelStatistics,
+        *,
+        takes_noise: bool = False,
+        ops: OpSet = PLAIN_OPS,
+    ) -> None:
         self.module = module
         self.statistics = statistics
+        self.ops = ops
+        self.manner = Manner()
         self.takes_noise = takes_noise
         self.can_stream = can_stream(module)
 
@@ -73,7 +85,7 @@ class VideoDecoder:
 
         A frame's bits do not depend on how the frames are taken; `decode` rounds sums otherwise. Only if `can_stream`.
         """
-        return stream_frames(self.module, *self._prepared(latent_BCFHW, noise))
+        return stream_frames(self.module, *self._prepared(latent_BCFHW, noise), self.manner)
 
     def _prepared(self, latent_BCFHW: Tensor, noise: DecodeNoise | None) -> tuple[Tensor, Tensor | None]:
         """Latents as the network takes them, and the timestep (B) it is told."""
@@ -119,12 +131,17 @@ class VideoEncoder:
         return mean, log_variance.clamp(*_LOG_VARIANCE_BOUNDS)
 
 
-def load_video_decoder(checkpoint: CheckpointFile, *, device: str, dtype: torch.dtype | None) -> VideoDecoder:
+def load_video_decoder(
+    checkpoint: CheckpointFile, *, device: str, dtype: torch.dtype | None, ops: OpSet = PLAIN_OPS
+) -> VideoDecoder:
     """Video decoder of a single-file checkpoint, with its channel statistics in float32."""
     vae = section(checkpoint.config, "vae")
     module = video_decoder_blueprint(vae).fill(checkpoint, device=device, dtype=dtype, what="the video decoder")
+    if torch.device(device).type == "cuda":
+        # As cuDNN's convolutions in three dimensions want them; the activations of a stream follow.
+        module = module.to(memory_format=torch.channels_last_3d)
     statistics = load_statistics(checkpoint, "vae", num_channels=vae["latent_channels"], device=device)
-    return VideoDecoder(module, statistics, takes_noise=vae.get("timestep_conditioning", False))
+    return VideoDecoder(module, statistics, takes_noise=vae.get("timestep_conditioning", False), ops=ops)
 
 
 def load_video_encoder(checkpoint: CheckpointFile, *, device: str, dtype: torch.dtype | None) -> VideoEncoder:
