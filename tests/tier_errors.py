@@ -31,7 +31,7 @@ PEAK_LEVEL = 255.0
 @dataclass(frozen=True)
 class ErrorReport:
     """Relative L2 error of each layer's sparse attention, worst of all calls; cosine of video latents after each step;
-    PSNR of the decoded frames (infinite where they are equal)."""
+    PSNR of the decoded luma (infinite where it is equal)."""
 
     attention_error: dict[int, float]
     latent_cosine: list[float]
@@ -41,7 +41,7 @@ class ErrorReport:
 @dataclass(frozen=True, eq=False)
 class _Rendered:
     latents: list[Tensor]
-    frames_FHW3: np.ndarray
+    luma_FHW: np.ndarray
 
 
 def error_report(
@@ -59,7 +59,7 @@ def error_report(
         cosine_similarity(got.double().flatten(), wanted.double().flatten(), dim=0).item()
         for got, wanted in zip(tier.latents, exact.latents, strict=True)
     ]
-    return ErrorReport(errors, cosines, psnr_db(tier.frames_FHW3, exact.frames_FHW3))
+    return ErrorReport(errors, cosines, psnr_db(tier.luma_FHW, exact.luma_FHW))
 
 
 @torch.inference_mode()
@@ -67,11 +67,11 @@ def _rendered(engine: RenderEngine, stage: StageConfig, pixels: PixelShape) -> _
     shape, noise = latent_shape(pixels), engine.noise_for(1)
     scene = Scene(shape, Texts(*engine.text.encode_all(PROMPT, "")))
     start = add_noise(engine._empty(shape), noise, stage.levels(shape.num_video_tokens)[0])
-    steps = denoising(engine.denoiser, start, scene, stage, noise, engine.shortcuts)
+    steps = denoising(engine.denoiser, start, scene, stage, noise, shortcuts=engine.shortcuts)
     latents = [step.state.video_BTC.cpu() for step in steps]
     latent_BCFHW = unpatchify_video(latents[-1].to(engine.device), shape)
     frames = decode_frames(engine.video_decoder, latent_BCFHW, RenderShape(pixels, pixels))
-    return _Rendered(latents, np.concatenate(list(frames)))
+    return _Rendered(latents, np.concatenate([chunk.y for chunk in frames]))
 
 
 @contextmanager
@@ -112,6 +112,6 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def psnr_db(got: np.ndarray, wanted: np.ndarray) -> float:
-    """Of uint8 frames."""
+    """Of uint8 pictures."""
     square = float(np.mean((got.astype(np.float64) - wanted.astype(np.float64)) ** 2))
     return math.inf if square == 0 else 10 * math.log10(PEAK_LEVEL**2 / square)

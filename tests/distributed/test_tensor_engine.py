@@ -20,6 +20,7 @@ from pipeline.parallel.layout import RankGroups
 from pipeline.records.request import RenderRequest
 from tests.distributed.ranks import Raised, Ranks
 from tests.distributed.tensor_ranks import sharding_of
+from tests.engine.pictures import planes_of
 
 RECIPE = RecipeConfig(
     name="two_stage",
@@ -43,7 +44,7 @@ def render(groups: RankGroups | None, model: ModelConfig) -> tuple[np.ndarray, n
         )
     planned_bytes = next(part.weight_bytes for part in plan.call_args.args[0] if part.name == DENOISER)
     clip = engine.render(REQUEST, RECIPE, lambda *_: None)
-    return np.concatenate(list(clip.frames)), np.asarray(clip.waveform), planned_bytes
+    return planes_of(clip.frames), np.asarray(clip.waveform), planned_bytes
 
 
 def test_engines_with_a_share_each_render_the_clip_of_one(ranks: Ranks, model: Callable[[str], Path]) -> None:
@@ -53,7 +54,7 @@ def test_engines_with_a_share_each_render_the_clip_of_one(ranks: Ranks, model: C
         text_encoder=TEXT_ENCODER,
         spatial_upscaler=SPATIAL_UPSCALER,
         adapters={"distilled": DISTILLED_ADAPTER},
-        size=DenoiserSize(num_layers=2, video_width=64, audio_width=32, text_tokens=128),
+        size=DenoiserSize(2, 64, 32, 128, num_heads=4, num_audio_heads=4),
     )
     frames, waveform, whole_bytes = render(None, nano)
     for answer in ranks.run("tensor2", render, nano):
