@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pipeline.errors import Cancelled, EngineFault
 
 FAILED, CANCELLED, GO_ON = range(3)
-# Decoding is the leader's alone, so there nobody else votes.
-UNSHARED_STAGE = "decode"
 
 Consent = Callable[[int], int]
 """A rank's vote -> the lowest vote of all ranks. Every rank must vote as often."""
@@ -24,7 +22,10 @@ def alone(vote: int) -> int:
 
 
 class Accord:
-    """The votes of one rank about one item. `enter` begins a stage, `beat` ends a step; both raise to give up."""
+    """The votes of one rank about one item. `enter` begins a stage, `beat` ends a step; both raise to give up.
+
+    What the engine tells of stages and steps, it tells on every rank alike; so every rank votes as often.
+    """
 
     def __init__(self, consent: Consent, enter: Callable[[str], None], beat: Callable[[str, int, int], None]) -> None:
         self._consent = consent
@@ -42,11 +43,12 @@ class Accord:
         self._vote(lambda: self._enter(stage))
 
     def step(self, stage: str, step: int, num_steps: int) -> None:
-        """What every rank does after a step."""
-        if stage == UNSHARED_STAGE:
-            self._beat(stage, step, num_steps)
-        else:
-            self._vote(lambda: self._beat(stage, step, num_steps))
+        """What every rank does after a step, and before each chunk of frames."""
+        self._vote(lambda: self._beat(stage, step, num_steps))
+
+    def leave(self) -> None:
+        """Give a started item up where the others vote next: not within a step."""
+        self._consent(CANCELLED)
 
     def refuse(self, vote: int) -> None:
         """Let the others not wait for an item that this rank will not start. No effect once it has."""

@@ -1,4 +1,4 @@
-"""The part of an item that every rank of a gang does alike: adapters, text, denoising.
+"""The part of an item that every rank of a gang does alike: adapters, text, denoising, decoding.
 
 What becomes of the frames is `worker.py`'s, on the rank that leads; the ranks that follow are here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ class Renderer:
         return Accord(self.consent, enter, assignment.beat)
 
     def start(self, assignment: Assignment, accord: Accord) -> Streams:
-        """Everything of the device's part but for decoding the picture."""
+        """Everything of the device's part but for the picture, which is decoded while its frames are taken."""
         item, upcoming = assignment.item, assignment.upcoming
         self._fetch_ahead(upcoming)
         with signs_of_life(assignment, "text_encode", BEAT_EVERY_S):
@@ -112,7 +112,11 @@ class FollowingWorker:
         accord = self.renderer.accord_on(assignment, enter)
         try:
             enter("text_encode")
-            self.renderer.start(assignment, accord).frames.close()
+            frames = self.renderer.start(assignment, accord).frames
+            # The leader may wait for its encoder, and only it knows how long that may be.
+            with closing(frames), signs_of_life(assignment, "decode", BEAT_EVERY_S):
+                for _ in frames:
+                    pass
         except DeviceBroken:
             raise  # the worker's own end: whatever it tried next would fail too
         except Exception as error:  # noqa: BLE001 - the leader says what becomes of the item

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.accord import CANCELLED
+from pipeline.accord import CANCELLED, Accord
 from pipeline.attempt import Attempt
 from pipeline.cluster.assignment import Assignment, signs_of_life
 from pipeline.cost.meter import Meter
@@ -110,10 +110,10 @@ class ClipWorker:
                 return
             self.take_peak_gpu_bytes()
             streams = self.renderer.start(assignment, accord)
-            self._await_turn(attempt)
-            self._start_finishing(attempt, streams, buffer)
+            self._await_turn(attempt, accord)
+            self._start_finishing(attempt, streams, buffer, accord)
             has_finisher = True
-            self._decode(attempt, streams, buffer)
+            self._decode(attempt, streams, buffer, accord)
         except DeviceBroken:
             raise  # the worker's own end: whatever it tried next would fail too
         except Exception as error:  # noqa: BLE001 - one row's bug must not end the night for the others
@@ -150,36 +150,49 @@ class ClipWorker:
             adopted_attempt=standing["attempt"],
         )
 
-    def _await_turn(self, attempt: Attempt) -> None:
+    def _await_turn(self, attempt: Attempt, accord: Accord) -> None:
         """Wait until the clip before is finished."""
-        if not self._finishing.acquire(blocking=False):
+        if self._finishing.acquire(blocking=False):
+            return
+        try:
             attempt.enter("wait")
             while not self._finishing.acquire(timeout=BEAT_EVERY_S):
                 attempt.assignment.beat("wait")
-            try:
-                attempt.enter("decode")
-            except Cancelled:
-                self._finishing.release()
-                raise
+        except Cancelled:
+            accord.leave()
+            raise
+        try:
+            attempt.enter("decode")
+        except Cancelled:
+            self._finishing.release()
+            accord.leave()
+            raise
 
-    def _start_finishing(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> None:
+    def _start_finishing(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer, accord: Accord) -> None:
         # With what this thread's log lines are about.
         finish = partial(copy_context().run, self._finish, attempt, streams, buffer)
         try:
             threading.Thread(target=finish, name="finish", daemon=True).start()
         except RuntimeError:  # the machine has no thread left
             self._finishing.release()
+            accord.leave()
             raise
 
-    def _decode(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> None:
+    def _decode(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer, accord: Accord) -> None:
         with closing(streams.frames):
             for chunk in streams.frames:
-                while not buffer.put(chunk, BEAT_EVERY_S):
-                    # The encoder shows signs of life, if it lives.
-                    attempt.book("wait")
-                if not buffer.has_reader:
-                    return
-                attempt.enter("decode")
+                try:
+                    while not buffer.put(chunk, BEAT_EVERY_S):
+                        # The encoder shows signs of life, if it lives.
+                        attempt.book("wait")
+                    if buffer.has_reader:
+                        attempt.enter("decode")
+                        continue
+                except Cancelled:
+                    accord.leave()
+                    raise
+                accord.leave()
+                return
 
     def _finish(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> None:
         """The host's half, on its own thread: the file, its check, the commit, the answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.parallel.consent import GangConsent
 from pipeline.parallel.guidance import SpreadPasses
 from pipeline.parallel.layout import RankGroups
+from pipeline.parallel.rows import share_rows
 from pipeline.parallel.sequence import SequenceParallelDenoiser
 from pipeline.parallel.start import join
 from pipeline.parallel.tensor import TensorParallel
@@ -93,6 +95,7 @@ def _load(brief: WorkerBrief, layout: ParallelLayout, groups: RankGroups | None)
         engine.denoiser.overlap_audio(torch.cuda.Stream())
     if groups is None:
         return engine
+    engine.video_decoder.share_rows = partial(share_rows, axis=groups.world)
     assert isinstance(engine.denoiser, AudioVideoDenoiser), "it was just loaded"
     spread = engine.denoiser
     denoiser = SequenceParallelDenoiser(spread, groups, ops.attention_with_lse) if groups.tokens.size > 1 else spread

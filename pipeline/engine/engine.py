@@ -139,10 +139,10 @@ class RenderEngine:
     ) -> Streams:
         """One clip. `on_stage` is called as each stage begins; "decode" lasts until the frames are exhausted.
 
-        `adapters` (file, strength) count in all stages. `on_step` is called after the text, each step of each stage and
-        each chunk of frames (whose steps are frames); what it raises ends the clip and leaves the engine ready for the
-        next one. `memory_rung` is one of `MEMORY_RUNGS`, each of which takes less device memory than the one before and
-        gives the same bytes.
+        `adapters` (file, strength) count in all stages. `on_step` is called after the text and each step of each stage,
+        and before and after each chunk of frames (whose steps are frames); what it raises ends the clip and leaves the
+        engine ready for the next one. `memory_rung` is one of `MEMORY_RUNGS`, each of which takes less device memory
+        than the one before and gives the same bytes.
 
         UsageError if the recipe asks for what this engine lacks; EngineFault if a result is not finite; OutOfMemory if
         the clip does not fit the device or the host, also while the frames are iterated.
@@ -281,10 +281,11 @@ class RenderEngine:
         )
         num_done, num_frames = 0, shape.asked.num_frames
         with _memory_reported(_size_of(shape)), self.residency.using(VIDEO_DECODER):
+            on_step("decode", 0, num_frames)
             for frames in chunks:
                 num_done += frames.num_frames
-                on_step("decode", num_done, num_frames)
                 yield frames
+                on_step("decode", num_done, num_frames)
 
     def _make_room(self, memory_rung: str) -> int:
         """Do what the rung and those before it say; returns the latent frames of a decoded chunk."""

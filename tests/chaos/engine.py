@@ -81,13 +81,14 @@ class ColourEngine:
         clock = np.arange(round(shape.num_frames / shape.fps * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
         tone = 0.2 * np.sin(2 * np.pi * (200 + request.seed % 400) * clock, dtype=np.float32)
         return ColourStreams(
-            _frames(request), np.stack([tone, tone]).astype(np.float32), SAMPLE_RATE_HZ, request.prompt
+            _frames(request, on_step), np.stack([tone, tone]).astype(np.float32), SAMPLE_RATE_HZ, request.prompt
         )
 
 
-def _frames(request: RenderRequest) -> Generator[YuvFrames, None, None]:
+def _frames(request: RenderRequest, on_step: Callable[[str, int, int], None]) -> Generator[YuvFrames, None, None]:
     """Chunks of frames whose colour is the seed's and moves with time."""
     shape = request.shape.asked
+    on_step("decode", 0, shape.num_frames)
     generator = np.random.default_rng(request.seed % 2**32)
     base, drift = generator.integers(0, 200, 3), generator.integers(1, 6, 3)
     for first in range(0, shape.num_frames, 8):
@@ -97,6 +98,7 @@ def _frames(request: RenderRequest) -> Generator[YuvFrames, None, None]:
         half = (len(times), shape.height // 2, shape.width // 2)
         picture = np.broadcast_to(y, (len(times), shape.height, shape.width))
         yield YuvFrames.joined(picture, np.broadcast_to(u, half), np.broadcast_to(v, half))
+        on_step("decode", first + len(times), shape.num_frames)
 
 
 def do_harm(words: list[str], memory_rung: str) -> None:

@@ -23,7 +23,7 @@ def of_both(engine, recipe, request, **progress):
     return planes_of(streams.frames), streams.waveform
 
 
-def test_every_step_and_chunk_is_told_once_it_is_done(engine, recipe, request_for):
+def test_every_step_is_told_once_it_is_done_and_chunks_before_and_after(engine, recipe, request_for):
     told = []
     streams = engine.render(
         request_for(num_frames=25), recipe, lambda stage: told.append(stage), on_step=lambda *step: told.append(step)
@@ -41,7 +41,8 @@ def test_every_step_and_chunk_is_told_once_it_is_done(engine, recipe, request_fo
     ]
     assert told == before_frames
     list(streams.frames)
-    assert told == [*before_frames, ("decode", 8 * CHUNK_LATENT_FRAMES, 25), ("decode", 25, 25)]
+    chunk = 8 * CHUNK_LATENT_FRAMES
+    assert told == [*before_frames, ("decode", 0, 25), ("decode", chunk, 25), ("decode", 25, 25)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -92,8 +92,10 @@ def test_a_rank_that_refuses_keeps_nobody_waiting(vote: int, error: type[Excepti
     assert on_ranks([rendering(), refusing(vote)]) == [error.__name__, "done"]
 
 
-def test_frames_are_decoded_by_the_leader_alone() -> None:
-    def decoding(consent: Consent) -> None:
-        Accord(consent, lambda stage: None, lambda *of: None).step("decode", 1, 9)
+def test_a_rank_that_leaves_between_chunks_ends_the_item_on_all_where_they_vote_next() -> None:
+    def leaving(consent: Consent) -> None:
+        accord = Accord(consent, lambda stage: None, lambda *of: None)
+        accord.start()
+        accord.leave()
 
-    assert on_ranks([decoding, lambda consent: None]) == ["done"] * 2
+    assert on_ranks([leaving, rendering(), rendering()]) == ["done", "Cancelled", "Cancelled"]

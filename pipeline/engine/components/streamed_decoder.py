@@ -35,6 +35,9 @@ from torch.nn import functional
 
 from kernels.ops import RmsNormSiluFn
 
+NeighboursFn = Callable[[Tensor, int], tuple[Tensor | None, Tensor | None]]
+"""(rows of some frames, BCFHW; how many) -> so many rows above them and below them; None at the picture's edge"""
+
 # A change of it changes bits: raise RENDER_REVISION with it.
 FRAMES_PER_CONVOLUTION = 1
 
@@ -43,11 +46,13 @@ FRAMES_PER_CONVOLUTION = 1
 class Manner:
     """How all layers of one decode work: at most so many frames at once, and norms with what follows them as one.
 
-    Memory grows with the frames. Without `norm_silu` the library's own modules do its part.
+    Memory grows with the frames. Without `norm_silu` the library's own modules do its part. With `neighbours`, what is
+    decoded are some rows of the picture, and others decode those above and below.
     """
 
     frames_per_convolution: int = FRAMES_PER_CONVOLUTION
     norm_silu: RmsNormSiluFn | None = None
+    neighbours: NeighboursFn | None = None
 
 
 class _Block(NamedTuple):
@@ -130,7 +135,7 @@ def _convolved(layer: LTX2VideoCausalConv3d, blocks: Iterator[_Block], way: _Pas
             count = min(size, num_answers)
             num_answers -= count
             taken, window = _taken(window, count + context), _without(window, count)
-            yield _Block(_answer(layer, taken), is_last and num_answers == 0)
+            yield _Block(_answer(layer, taken, way.manner.neighbours), is_last and num_answers == 0)
 
 
 def _taken(parts: list[Tensor], count: int) -> list[Tensor]:
@@ -155,41 +160,53 @@ def _without(parts: list[Tensor], count: int) -> list[Tensor]:
     return rest
 
 
-def _answer(layer: LTX2VideoCausalConv3d, taken: list[Tensor]) -> Tensor:
+def _answer(layer: LTX2VideoCausalConv3d, taken: list[Tensor], neighbours: NeighboursFn | None) -> Tensor:
     conv = layer.conv
     layout = torch.channels_last_3d if _is_channels_last(conv.weight) else torch.contiguous_format
-    if conv.padding_mode != "reflect":
+    reflects = conv.padding_mode == "reflect"
+    if not reflects and neighbours is None:
         joined_BCFHW = torch.cat(taken, dim=2).contiguous(memory_format=layout)
         taken.clear()
         answer: Tensor = conv(joined_BCFHW)
         return answer
-    # The library's padding is a pass of its own, and on a GPU forgets where channels lie.
-    joined_BCFHW = _reflected(taken, layout, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
+    # The library's reflection is a pass of its own, on a GPU forgets where channels lie, and knows no neighbours.
+    margin = conv.kernel_size[1] // 2, conv.kernel_size[2] // 2
+    joined_BCFHW = _framed(taken, layout, margin, reflects=reflects)
+    if neighbours is not None:
+        rows = margin[0]
+        height = joined_BCFHW.shape[3] - 2 * rows
+        # With the columns of their margins, which are made alike everywhere.
+        above, below = neighbours(joined_BCFHW[..., rows : rows + height, :], rows)
+        if above is not None:
+            joined_BCFHW[..., :rows, :] = above
+        if below is not None:
+            joined_BCFHW[..., rows + height :, :] = below
     taken.clear()
     return functional.conv3d(joined_BCFHW, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
-def _reflected(parts: list[Tensor], layout: torch.memory_format, rows: int, columns: int) -> Tensor:
-    """The parts one after the other, in a frame of `rows` and `columns` of what lies within their edges."""
+def _framed(parts: list[Tensor], layout: torch.memory_format, margin: tuple[int, int], *, reflects: bool) -> Tensor:
+    """The parts one after the other, in a margin of rows and columns: zeros, or what lies within their edges."""
+    rows, columns = margin
     batch, channels, _, height, width = parts[0].shape
-    padded = torch.empty(
+    framed = torch.empty(
         (batch, channels, sum(part.shape[2] for part in parts), height + 2 * rows, width + 2 * columns),
         dtype=parts[0].dtype,
         device=parts[0].device,
         memory_format=layout,
     )
-    inner, begin = padded[..., rows : rows + height, columns : columns + width], 0
+    inner, begin = framed[..., rows : rows + height, columns : columns + width], 0
     for part in parts:
         inner[:, :, begin : begin + part.shape[2]] = part
         begin += part.shape[2]
-    within = padded[..., columns : columns + width]
+    within = framed[..., columns : columns + width]
     for step in range(1, rows + 1):
-        within[..., rows - step, :] = within[..., rows + step, :]
-        within[..., rows + height - 1 + step, :] = within[..., rows + height - 1 - step, :]
+        within[..., rows - step, :] = within[..., rows + step, :] if reflects else 0
+        within[..., rows + height - 1 + step, :] = within[..., rows + height - 1 - step, :] if reflects else 0
     for step in range(1, columns + 1):
-        padded[..., columns - step] = padded[..., columns + step]
-        padded[..., columns + width - 1 + step] = padded[..., columns + width - 1 - step]
-    return padded
+        framed[..., columns - step] = framed[..., columns + step] if reflects else 0
+        framed[..., columns + width - 1 + step] = framed[..., columns + width - 1 - step] if reflects else 0
+    return framed
 
 
 def _through_resnet(resnet: Any, blocks: Iterator[_Block], embedding: Tensor | None, way: _Pass) -> Iterator[_Block]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
@@ -48,6 +48,19 @@ class DecodeNoise:
     noise_BCFHW: Tensor | None = None
 
 
+class SharedRows(Protocol):
+    """Some rows of a picture that is decoded by several processes, each of which has others."""
+
+    def part(self, latent_BCFHW: Tensor) -> Tensor:
+        """The rows that are decoded here."""
+
+    def neighbours(self, rows_BCFHW: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """See `NeighboursFn`."""
+
+    def whole(self, frame_B3FHW: Tensor) -> Tensor:
+        """A frame of which every process has its rows."""
+
+
 class VideoDecoder:
     """Normalised video latents (B,C,F,H,W) to pixels (B,3,8F-7,32H,32W), roughly in [-1,1], not clamped.
 
@@ -67,6 +80,8 @@ class VideoDecoder:
         self.statistics = statistics
         self.ops = ops
         self.manner = Manner()
+        # From a latent's number of rows to those decoded here; None if all are.
+        self.share_rows: Callable[[int], SharedRows | None] = lambda num_rows: None
         self.takes_noise = takes_noise
         self.can_stream = can_stream(module)
 
@@ -85,7 +100,12 @@ class VideoDecoder:
 
         A frame's bits do not depend on how the frames are taken; `decode` rounds sums otherwise. Only if `can_stream`.
         """
-        return stream_frames(self.module, *self._prepared(latent_BCFHW, noise), self.manner)
+        latent, timestep = self._prepared(latent_BCFHW, noise)
+        shared = self.share_rows(latent.shape[3])
+        if shared is None:
+            return stream_frames(self.module, latent, timestep, self.manner)
+        manner = replace(self.manner, neighbours=shared.neighbours)
+        return map(shared.whole, stream_frames(self.module, shared.part(latent), timestep, manner))
 
     def _prepared(self, latent_BCFHW: Tensor, noise: DecodeNoise | None) -> tuple[Tensor, Tensor | None]:
         """Latents as the network takes them, and the timestep (B) it is told."""

@@ -1,0 +1,73 @@
+"""Decoding a picture on several ranks: each has some rows of it, and asks its neighbours for those at the seams.
+
+A convolution that is given its neighbours' rows computes what it would on the whole picture, so there are no seams, and
+nothing is computed twice. Every rank goes through the same layers with the same frames, in the same order.
+
+Shapes: B batch, C channels, F frames, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.parallel.collectives import gathered
+from pipeline.parallel.layout import Axis
+from pipeline.parallel.shards import padded
+
+# The row beyond a picture's edge mirrors the second one, which must be the same rank's.
+MIN_ROWS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class RankRows:
+    """The rows of one rank: `counts[i]` of the latent's are those of rank i of the axis, in order."""
+
+    axis: Axis
+    counts: tuple[int, ...]
+
+    def part(self, latent_BCFHW: Tensor) -> Tensor:
+        """The rows that are decoded here."""
+        start = sum(self.counts[: self.axis.index])
+        return latent_BCFHW[..., start : start + self.counts[self.axis.index], :]
+
+    def neighbours(self, rows_BCFHW: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """The `count` rows above this rank's and below them; None at the picture's edge."""
+        edges = rows_BCFHW[..., :count, :], rows_BCFHW[..., -count:, :]
+        beside = self.axis.index - 1, self.axis.index + 1
+        received: list[Tensor | None] = []
+        moves = []
+        for edge, index in zip(edges, beside, strict=True):
+            if not 0 <= index < self.axis.size:
+                received.append(None)
+                continue
+            sent = edge.contiguous()
+            into = torch.empty_like(sent)
+            received.append(into)
+            rank = self.axis.ranks[index]
+            moves += [
+                dist.P2POp(dist.isend, sent, rank, self.axis.group),
+                dist.P2POp(dist.irecv, into, rank, self.axis.group),
+            ]
+        for work in dist.batch_isend_irecv(moves):
+            work.wait()
+        above, below = received
+        return above, below
+
+    def whole(self, frame_B3FHW: Tensor) -> Tensor:
+        """The frame, on every rank."""
+        each = frame_B3FHW.shape[3] // self.counts[self.axis.index]
+        most = max(self.counts) * each
+        parts = gathered(padded(frame_B3FHW, 3, most)[None], self.axis, dim=0)
+        return torch.cat([parts[i, ..., : n * each, :] for i, n in enumerate(self.counts)], dim=3)
+
+
+def share_rows(num_rows: int, axis: Axis) -> RankRows | None:
+    """A latent's rows over the ranks of the axis, as evenly as they go; None if they are too few for all."""
+    least, more = divmod(num_rows, axis.size)
+    if axis.size == 1 or least < MIN_ROWS:
+        return None
+    return RankRows(axis, tuple(least + (index < more) for index in range(axis.size)))
