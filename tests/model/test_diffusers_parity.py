@@ -20,34 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.ops import reference_ops
-from pipeline.model.checkpoint import DENOISER_PREFIX, CheckpointFile, load_denoiser
+from pipeline.bench.peers import published_name
+from pipeline.model.checkpoint import CheckpointFile, load_denoiser
 from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.hparams import ExchangeTimesteps
 from pipeline.model.streams import DistinctTimesteps, Perturbation, TokenStream
 
 BOUND = 1e-4
-
-# Parts of names in diffusers -> in published files; the first that fits counts.
-PUBLISHED_NAMES = {
-    "video_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_video",
-    "audio_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_audio",
-    "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
-    "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
-    "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
-    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
-    "prompt_adaln": "prompt_adaln_single",
-    "time_embed": "adaln_single",
-    "proj_in": "patchify_proj",
-    "norm_q": "q_norm",
-    "norm_k": "k_norm",
-}
-
-
-def published_name(name: str) -> str:
-    for theirs, published in PUBLISHED_NAMES.items():
-        if theirs in name:
-            return DENOISER_PREFIX + name.replace(theirs, published)
-    return DENOISER_PREFIX + name
 
 
 @pytest.fixture
