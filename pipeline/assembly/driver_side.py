@@ -261,6 +261,7 @@ class Run:
             threads=self.job.precision.torch_threads,
             max_ranks=None if num_workers is None else num_workers * gpus_of_each,
             start_timeout_s=cluster.start_timeout_s,
+            can_narrow=self.job.parallel.auto,
             load_timeout_s=cluster.load_timeout_s,
             assumed_load_s=cluster.assumed_load_s,
             hang_after_s=cluster.hang_after_s,

@@ -5,7 +5,8 @@ Gathers what `planning.layout_choice` decides by, and asks it anew only when tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 from pipeline.cluster.pool import Pool
 from pipeline.planning.layout_choice import Choice, Demand, HandOut, choose, is_few
@@ -13,6 +14,7 @@ from pipeline.planning.pace import Pace
 from pipeline.planning.queue import WorkQueue
 from pipeline.planning.timetable import Busy, Fleet
 from pipeline.records.outcome import NS_PER_S
+from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import Offer, WorkItem
 
 # A choice among few clips also depends on how far those in flight have come.
@@ -28,6 +30,7 @@ class Dispatch:
         self._pace = pace
         self._deadline_ns = deadline_ns
         self._choice = Choice()
+        self._fleet: Fleet | None = None
         self._chosen_for: tuple[int, Fleet] | None = None
         self._chosen_ns = 0
 
@@ -40,7 +43,7 @@ class Dispatch:
             return _as_given(head) if self._pool.num_free(head.layout) else None
         choice = self._choose(now_ns, head)
         for layout, hand_out in choice.next_on.items():
-            if self._queue.open_on[layout] < choice.groups.get(layout, 0) and self._pool.num_free(layout):
+            if self._num_at_work(layout) < choice.groups.get(layout, 0) and self._pool.num_free(layout):
                 return hand_out
         return None
 
@@ -58,8 +61,15 @@ class Dispatch:
             groups = dict(self._choose(now_ns, head).groups)
         self._pool.want(groups)
 
+    def _num_at_work(self, layout: ParallelLayout) -> int:
+        """Workers whose devices are at work, or will be once they are loaded. Clips in flight are more: those whose
+        files are still written hold no device."""
+        held = self._fleet.held.get(layout, 0) if self._fleet is not None else 0
+        return held - self._pool.num_free(layout)
+
     def _choose(self, now_ns: int, head: WorkItem) -> Choice:
-        queue, fleet = self._queue, self._pool.fleet()
+        queue = self._queue
+        fleet = self._fleet = self._pool.fleet()
         if fleet is None:
             return Choice()
         if not fleet.num_gpus:
@@ -86,8 +96,14 @@ class Dispatch:
             deadline_s=left_s,
         )
 
-    def _busy(self, items: Iterable[WorkItem], now_ns: int) -> Iterable[Busy]:
-        return (Busy(item.layout, self._pace.left_s(item, now_ns) / self._pace.scale) for item in items)
+    def _busy(self, items: Iterable[WorkItem], now_ns: int) -> Iterator[Busy]:
+        """The clips that devices are at work for: of a layout's, those that have longest to go."""
+        left_s: defaultdict[ParallelLayout, list[float]] = defaultdict(list)
+        for item in items:
+            left_s[item.layout].append(self._pace.left_s(item, now_ns) / self._pace.scale)
+        for layout, each in left_s.items():
+            each.sort(reverse=True)
+            yield from (Busy(layout, seconds) for seconds in each[: self._num_at_work(layout)])
 
 
 def _as_given(item: WorkItem) -> HandOut:

@@ -84,7 +84,8 @@ class RayPool:
     def fleet(self) -> Fleet | None:
         if not self._is_up:
             return None
-        return self._staffing.fleet(self._groups.values(), self._room.nodes(self._draining, time.monotonic()))
+        nodes = self._room.nodes(self._draining, time.monotonic())
+        return self._staffing.fleet(self._groups.values(), nodes, self._room.widest)
 
     def num_free(self, layout: ParallelLayout) -> int:
         return self._staffing.num_free(layout)

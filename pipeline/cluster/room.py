@@ -27,12 +27,16 @@ class Room:
         self._count_at_s = 0.0
         self._moved_s = 0.0
         self._has_warned = False
+        # The most ranks that a worker finds together: fewer than a node has where others hold the rest.
+        self.widest: int | None = None
 
     def nodes(self, draining: Mapping[str, int], now_s: float) -> Mapping[str, int]:
         """How many ranks each node may hold. The nodes are counted now and then."""
         if now_s >= self._count_at_s:
             self._count_at_s = now_s + COUNT_NODES_EVERY_S
-            self._nodes = self._count(draining)
+            nodes = self._count(draining)
+            if nodes != self._nodes:
+                self._nodes, self.widest = nodes, None
         return self._nodes
 
     def count_again(self) -> None:
@@ -55,11 +59,17 @@ class Room:
     def check(self, groups: Collection[WorkerGroup], now_s: float, *, is_any_leaving: bool) -> None:
         """Raises PipelineError if nobody has a place, nobody is about to free one, and none came free for too long.
 
-        While some have one the job goes on, and the others may still come.
+        While some have one the job goes on, and the others may still come. Where narrower workers would do, the job
+        goes on with these, until the nodes change.
         """
         timeout_s = self._plan.start_timeout_s
         late = [group for group in groups if not group.is_placed and now_s - group.asked_s > timeout_s]
         if not late:
+            return
+        blocked = self._blocked(late, groups) if self._plan.can_narrow and not is_any_leaving else []
+        if blocked:
+            self.widest = min(blocked) - 1
+            log.warning("going on with workers of at most %d: %s", self.widest, self._shortage(late, len(groups)))
             return
         if any(group.is_placed for group in groups):
             if not self._has_warned:
@@ -67,6 +77,12 @@ class Room:
                 log.warning("going on with fewer workers: %s", self._shortage(late, len(groups)))
         elif len(late) == len(groups) and not is_any_leaving and now_s - self._moved_s > timeout_s:
             raise PipelineError(self._shortage(late, len(groups)))
+
+    def _blocked(self, late: Collection[WorkerGroup], groups: Collection[WorkerGroup]) -> list[int]:
+        """The ranks of wide workers that found no place on nodes where, but for strangers, there would be one."""
+        held = Counter(group.node_id for group in groups for _ in group.ranks if group.is_placed)
+        most = max((num - held[node] for node, num in self._nodes.items()), default=0)
+        return [len(group.ranks) for group in late if 1 < len(group.ranks) <= most]
 
     def _shortage(self, late: Collection[WorkerGroup], num_asked: int) -> str:
         num_ranks = [len(group.ranks) for group in late]

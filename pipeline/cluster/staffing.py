@@ -63,13 +63,15 @@ class Staffing:
         self.num_asked += 1
         self.num_ranks_asked += layout.num_gpus
 
-    def fleet(self, groups: Collection[WorkerGroup], nodes: Mapping[str, int]) -> Fleet:
+    def fleet(self, groups: Collection[WorkerGroup], nodes: Mapping[str, int], widest: int | None) -> Fleet:
+        """What there is; no worker finds more than `widest` ranks together, if that is known."""
+        together = max(nodes.values(), default=0)
         most = sum(nodes.values())
         if self._plan.max_ranks is not None:
             most = min(most, self._plan.max_ranks)
         return Fleet(
             num_gpus=most,
-            gpus_per_node=min(most, max(nodes.values(), default=0)),
+            gpus_per_node=min(most, together if widest is None else min(together, widest)),
             load_s=self._load_s / self._num_loads if self._num_loads else self._plan.assumed_load_s,
             held=Counter(group.layout for group in groups if not group.is_draining),
         )

@@ -21,6 +21,8 @@ class WorkerPlan:
     max_ranks: int | None
     # How long a worker may wait for a place, and Ray for its start.
     start_timeout_s: float
+    # If narrower workers can do what wider ones find no place for.
+    can_narrow: bool = False
     cpus_per_rank: float = 1.0
     # A worker is taken for hung after this time without a sign of life, or later if its item's steps take long.
     hang_after_s: float = 60.0

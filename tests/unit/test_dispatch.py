@@ -76,3 +76,16 @@ def test_items_without_offers_go_to_workers_of_their_layout_and_as_many_are_want
     this.want(0, may_start=True)
     this.want(0, may_start=False)
     assert pool.asked == [{"single": 2}, {"single": 2}, {"single": 1}]
+
+
+def test_a_worker_whose_last_clip_is_still_written_to_its_file_is_given_the_next_one() -> None:
+    pool = Staffed(Fleet(1, 1, 5.0, {ONE_GPU: 1}), {ONE_GPU: 1})
+    this, queue = dispatch([clip(number) for number in range(3)], pool)
+    for _ in range(2):
+        chosen = this.next(0)
+        assert chosen is not None, "its device is free"
+        handed_out = queue.hand_out(chosen)
+        assert handed_out is not None
+        this._pace.start(handed_out, 0)
+    pool.given_free = {}
+    assert this.next(0) is None
