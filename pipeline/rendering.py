@@ -61,6 +61,16 @@ class Renderer:
             item.request, recipe, accord.stage, adapters, on_step=accord.step, memory_rung=item.memory_rung
         )
 
+    def refuse(self, assignment: Assignment, accord: Accord, vote: int) -> None:
+        """Tell the other ranks that this one will not start the item, if it has not. They may be long in coming to it.
+
+        The item is answered afterwards: a rank that still works for one that the leader has ended would be taken for
+        lost.
+        """
+        # A gang that has lost a rank cannot vote, and is ended for it.
+        with signs_of_life(assignment, "wait", BEAT_EVERY_S), suppress(RuntimeError):
+            accord.refuse(vote)
+
     def _own_adapters(self, item: WorkItem) -> list[tuple[Path, float]]:
         """The row's own adapters (file, strength). What is wrong with them is wrong with the row, not with the job."""
         uses = item.request.wishes.adapters
@@ -120,7 +130,7 @@ class FollowingWorker:
         except DeviceBroken:
             raise  # the worker's own end: whatever it tried next would fail too
         except Exception as error:  # noqa: BLE001 - the leader says what becomes of the item
-            accord.refuse(vote_of(error))
+            self.renderer.refuse(assignment, accord, vote_of(error))
             assignment.end(failure(item, error, started_ns, self.now_ns()))
         else:
             assignment.end(None)

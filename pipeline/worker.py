@@ -105,7 +105,7 @@ class ClipWorker:
             attempt.enter("text_encode")
             # Another driver, or a worker of one that died, may have committed it since the plan.
             if self.resume and (standing := attempt.store.standing(item.key)) is not None:
-                accord.refuse(CANCELLED)
+                self.renderer.refuse(assignment, accord, CANCELLED)
                 assignment.end(self._adopted(attempt, standing))
                 return
             self.take_peak_gpu_bytes()
@@ -117,10 +117,10 @@ class ClipWorker:
         except DeviceBroken:
             raise  # the worker's own end: whatever it tried next would fail too
         except Exception as error:  # noqa: BLE001 - one row's bug must not end the night for the others
-            accord.refuse(vote_of(error))
             if has_finisher:
                 buffer.complete(error)
             else:
+                self.renderer.refuse(assignment, accord, vote_of(error))
                 self.meter.forget(item.request.id, item.attempt)
                 assignment.end(failure(item, error, attempt.started_ns, self.now_ns()))
         finally:

@@ -31,6 +31,9 @@ from pipeline.errors import UsageError
 from pipeline.model.checkpoint import CheckpointFile
 
 PLAIN_OPS = reference_ops()
+# Of a picture that several processes decode: each convolution asks the neighbours for rows, which takes the host's time
+# (355 exchanges a clip of 121 frames; 2,535 of one frame at a time). Bits may differ from those of one process anyway.
+SHARED_FRAMES_PER_CONVOLUTION = 8
 _UPSAMPLE_TYPES = {"compress_all": "spatiotemporal", "compress_space": "spatial", "compress_time": "temporal"}
 _DOWNSAMPLE_TYPES = {f"{kind}_res": name for kind, name in _UPSAMPLE_TYPES.items()}
 # Width of the outermost blocks where a file does not say; LTX-Video files do not.
@@ -104,7 +107,11 @@ class VideoDecoder:
         shared = self.share_rows(latent.shape[3])
         if shared is None:
             return stream_frames(self.module, latent, timestep, self.manner)
-        manner = replace(self.manner, neighbours=shared.neighbours)
+        manner = replace(
+            self.manner,
+            frames_per_convolution=max(self.manner.frames_per_convolution, SHARED_FRAMES_PER_CONVOLUTION),
+            neighbours=shared.neighbours,
+        )
         return map(shared.whole, stream_frames(self.module, shared.part(latent), timestep, manner))
 
     def _prepared(self, latent_BCFHW: Tensor, noise: DecodeNoise | None) -> tuple[Tensor, Tensor | None]:
