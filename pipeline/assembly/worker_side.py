@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,8 +46,8 @@ def build_worker(brief: WorkerBrief, meter: Meter, member: Member = ALONE) -> Cl
         _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
     is_gang = member.num_ranks > 1
     groups = join(member, member.layout, device, job.cluster.load_timeout_s) if is_gang else None
-    engine = _load(brief, member.layout, groups)
     consent = alone if groups is None else GangConsent()
+    engine = _load(brief, member.layout, groups, consent)
     renderer = Renderer(engine, brief.recipes, Path(job.model.cache), consent)
     if not member.is_leader:
         return FollowingWorker(renderer, meter, meter.now_ns)
@@ -80,12 +81,16 @@ def operations(precision: PrecisionConfig, device: str) -> OpSet:
         ) from error
 
 
-def _load(brief: WorkerBrief, layout: ParallelLayout, groups: RankGroups | None) -> RenderEngine:
+def _load(
+    brief: WorkerBrief, layout: ParallelLayout, groups: RankGroups | None, lowest: Callable[[int], int]
+) -> RenderEngine:
     """The engine of one device, or of one of several: tensors are split first, then tokens, then predictions."""
     job, device = brief.job, brief.device
     model = replace(job.model, folder=str(local_copy(job.model.folder, job.model.name, Path(job.model.cache))))
-    limit_gb = job.cluster.gpu_memory_limit_gb
-    budget = MemoryBudget(_free_gpu_bytes(limit_gb), brief.demands[layout]) if device == "cuda" else None
+    budget = None
+    if device == "cuda":
+        # Ranks that keep different parts on the host would wait for the slowest of them at each step.
+        budget = MemoryBudget(lowest(_free_gpu_bytes(job.cluster.gpu_memory_limit_gb)), brief.demands[layout])
     ops = operations(job.precision, device)
     sharding = None
     if groups is not None and groups.tensor.group is not None and groups.audio_tensor.group is not None:

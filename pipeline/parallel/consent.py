@@ -12,7 +12,7 @@ PATIENCE = timedelta(days=7)
 
 
 class GangConsent:
-    """`Consent` over all ranks. Every rank of the world must make it at the same point of its start."""
+    """`Consent` over all ranks, or the lowest of any other whole numbers. Every rank must make it at the same point."""
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
