@@ -1,7 +1,7 @@
 """What a precision tier costs in fidelity, against the exact tier, on one stage: operators, latents by step, pixels.
 
 With random weights the figures of an operator say what its numbers lose, but attention is nearly even there, so they
-say nothing about which blocks of keys may be left out; `tests/structured_heads.py` is for that.
+say nothing about which blocks of keys may be left out; `pipeline/bench/structured_heads.py` is for that.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.ops import fused_ops, reference_ops
 from kernels.rows import Modulation, ScaledRows
+from pipeline.bench.attention import measure_attention
 from pipeline.bench.ceilings import judged, measure_ceilings
 from pipeline.bench.rows import Row, new_row
 from pipeline.bench.timing import difference, in_turns, kernel_seconds_of, spread
@@ -39,7 +40,7 @@ def measure_kernels(
     plain, fused = reference_ops(), fused_ops(device)
     for label, shape in shapes.items():
         limits = measure_ceilings(shape.num_video_tokens, video.num_heads, video.head_dim, device)
-        found = {}
+        found = measure_attention(shape, video.num_heads, video.head_dim, limits, device)
         for case in _cases(shape.num_video_tokens, video.num_heads, video.head_dim, device):
             calls = {
                 name: partial(getattr(ops, case.slot), *case.arguments)

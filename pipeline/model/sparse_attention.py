@@ -40,6 +40,11 @@ class BlockPattern:
     num_seen: int
     always_QN: Tensor
 
+    @property
+    def seen_part(self) -> float:
+        """Of all blocks, those that each block sees."""
+        return self.num_seen / len(self.always_QN)
+
 
 def block_pattern(places_TA: Tensor, is_first_T: Tensor, density: float) -> BlockPattern:
     """The pattern of tokens at `places_TA` (in tiles), of which those of the first frame are marked in `is_first_T`.

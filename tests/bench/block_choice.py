@@ -1,7 +1,7 @@
 """How much of the softmax mass the choice of blocks keeps on structured queries and keys, by density: a table.
 
 `python -m tests.bench.block_choice [--size 16x34x60] [--channels 128]` runs on a CPU, 1920x1088 in half a minute. What
-the heads are like is in `tests/structured_heads.py`; the test that holds the shipped density to it is
+the heads are like is in `pipeline/bench/structured_heads.py`; the test that holds the shipped density to it is
 `tests/engine/test_block_choice.py`.
 """
 
@@ -16,7 +16,7 @@ from pipeline.engine.latents import video_positions
 from pipeline.engine.shortcuts import SparseSettings
 from pipeline.geometry import LatentShape
 from pipeline.model.sparse_attention import PatternInForce, seen_blocks
-from tests.structured_heads import kept_mass, sampled_queries, statistics, structured_heads
+from pipeline.bench.structured_heads import kept_mass, sampled_queries, statistics, structured_heads
 
 DENSITIES = (0.25, 0.3, 0.35, 0.4, 0.5, 0.75, 1.0)
 

@@ -26,7 +26,7 @@ from pipeline.model.sparse_attention import (
     block_promise,
     seen_blocks,
 )
-from tests.structured_heads import StructuredHeads, kept_mass, sampled_queries, statistics, structured_heads
+from pipeline.bench.structured_heads import StructuredHeads, kept_mass, sampled_queries, statistics, structured_heads
 
 # Both stages of 1920x1088, 121 frames.
 HALF, FULL = (16, 17, 30), (16, 34, 60)

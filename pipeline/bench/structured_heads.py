@@ -46,6 +46,8 @@ KINDS = (
 )
 CONTENT_LENGTHS = (4.0, 5.0, 5.0)
 CONTENT_DIRECTIONS, CONTENT_WAVES = 8, 64
+# A quarter of a head's channels is for the directions of content.
+MIN_CHANNELS = 4 * CONTENT_DIRECTIONS
 SINK_CHANNELS = 4
 SINK_SHARE = 0.1
 TOKENS_A_SINK = 4000
@@ -65,7 +67,7 @@ class StructuredHeads:
 
 
 def structured_heads(size: tuple[int, int, int], *, channels: int, seed: int) -> StructuredHeads:
-    """One head of each kind for a clip of (frames, rows, columns) latents."""
+    """One head of each kind for a clip of (frames, rows, columns) latents; `channels` is at least MIN_CHANNELS."""
     generator = torch.Generator().manual_seed(seed)
     grid = torch.meshgrid(*(torch.arange(count) for count in size), indexing="ij")
     places_TA = torch.stack([axis.flatten() for axis in grid], dim=1).float()
