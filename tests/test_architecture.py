@@ -67,9 +67,11 @@ MAY_IMPORT: dict[str, set[str]] = {
                          "pipeline.planning.layout_choice", "pipeline.planning.timetable",
                          "pipeline.cost.meter", "pipeline.cost.pricing", "pipeline.cost.allocation",
                          "pipeline.storage.processes"},
-    # Composes denoisers and decoders as a worker does, with others' beside them, and counts operations as the planner.
+    # Composes denoisers and decoders as a worker does, with others' beside them, and counts operations as the planner;
+    # encodes as a worker does; sums up what a run left.
     "pipeline.bench": {"pipeline.config", "pipeline.errors", "pipeline.geometry", "pipeline.engine", "pipeline.model",
-                       "pipeline.planning.estimate", "pipeline.records.frames", "kernels"},
+                       "pipeline.planning.estimate", "pipeline.planning.sparsity", "pipeline.records.frames",
+                       "pipeline.records.outcome", "pipeline.media", "kernels"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
     "pipeline.assembly.model_facts": {"pipeline.config", "pipeline.records.wishes", "pipeline.storage",
                                       "pipeline.errors"},

@@ -99,6 +99,7 @@ def planner(job: RenderJob, recipes: Recipes, fingerprint: str) -> Planner:
             size,
             Machine(worker_tflops(job, device), job.cluster.assumed_link_gb_per_s, bytes_of_a_number(job.precision)),
             unit_price(worker_price(job, device)),
+            job.precision,
         ),
         menu=_menu(job, device),
         **{**facts, "misfit": misfit_of},

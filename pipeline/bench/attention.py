@@ -1,4 +1,4 @@
-"""Seconds of the video's self-attention: of all keys, and of the blocks that are chosen, beside what choosing them takes.
+"""Seconds of the video's self-attention: over all keys, over chosen blocks of them, and of choosing the blocks.
 
 Queries and keys are the structured ones of `structured_heads.py`: on random ones attention is nearly even, and the
 error of leaving keys out would say nothing.
@@ -6,7 +6,6 @@ error of leaving keys out would say nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,22 +45,22 @@ def measure_attention(
     q, k = _queries_and_keys(shape, num_heads, head_dim, first, device)
     v = torch.randn_like(q)
     dense = partial(fused_ops(device).attention, q, k, v, None)
+    failures: dict[str, dict[str, str]] = {}
     try:
         ops = with_block_sparse_attention(fused_ops(device), device)
         wanted = dense()
         over = {name: _over(ops, q, k, v, stage, wanted) for name, stage in stages.items()}
     except Exception as error:  # noqa: BLE001 - that it cannot take part is a result
-        over = {}
-        failures = dict.fromkeys(stages, failure_of(error))
+        over, failures = {}, dict.fromkeys(stages, failure_of(error))
         forget(device)
-    else:
-        failures = {}
-    calls = {DENSE: dense}
+    calls: dict[str, Call] = {DENSE: dense}
     for name, each in over.items():
         calls |= {name: each.attend, _choosing(name): each.choose}
     times = in_turns(calls, device, kernel_seconds_of)
     flops = 4.0 * q.shape[1] * q.shape[2] ** 2 * q.shape[3]
-    found = {DENSE: {"fused": spread(times[DENSE])} | _rates(times[DENSE], flops, 1.0, limits)}
+    found: dict[str, dict[str, Any]] = {
+        DENSE: {"fused": spread(times[DENSE])} | _rates(times[DENSE], flops, 1.0, limits)
+    }
     for name, each in over.items():
         found[name] = (
             {"fused": spread(times[name]), "choice": spread(times[_choosing(name)]), "seen_part": each.seen_part}
@@ -101,7 +100,7 @@ def _choosing(name: str) -> str:
     return f"{name}, the choice"
 
 
-def _rates(all_s: list[float], flops: float, seen_part: float, limits: Ceilings) -> Mapping[str, Any]:
+def _rates(all_s: list[float], flops: float, seen_part: float, limits: Ceilings) -> dict[str, Any]:
     """Operations a second as if all keys were seen, and as computed, of which no time may be below the floor."""
     median_s = spread(all_s)["median_s"]
     executed = flops * seen_part

@@ -1,12 +1,15 @@
 """Seconds of one denoiser step: our tiers and our peers on the same weights, in turns, outputs compared before times.
 
 A contestant that fails, or whose velocities are too far from the plain operations', is reported so and not timed.
+`tflops` are effective, by the operations of a dense step; `executed_tflops`, the percentages and the floor are of those
+that a contestant executes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ class _Entry:
 
     contestant: Contestant
     step: Step
+    attended: float
     facts: dict[str, Any]
 
 
@@ -64,8 +68,8 @@ def measure_steps(
         limits = measure_ceilings(shape.num_video_tokens, video.num_heads, video.head_dim, device)
         wanted = reference.bind(case)()
         entries, out = _entered([c for c in contestants if c.name in built], built, case, wanted, device)
+        facts = _timed(entries, partial(denoiser_flops, model.size, shape), limits, device) | out | failures
         flops = denoiser_flops(model.size, shape)
-        facts = _timed(entries, flops, limits, device) | out | failures
         order = [contestant.name for contestant in contestants]
         yield new_row(
             "step", model=model.name, shape=label, num_tokens=shape.num_video_tokens, device=device, tflop=flops / 1e12,
@@ -106,21 +110,24 @@ def _entry(contestant: Contestant, built: Built, case: Case, device: str) -> tup
     if kept_bytes is not None and step_bytes is not None:
         # Of this contestant alone: others lie beside it and share its weights.
         facts["peak_gpu_memory_bytes"] = num_bytes(built.module) + kept_bytes + step_bytes
-    return _Entry(contestant, step, facts), velocities
+    return _Entry(contestant, step, built.attended(case), facts), velocities
 
 
-def _timed(entries: Sequence[_Entry], flops: float, limits: Ceilings, device: str) -> dict[str, dict[str, Any]]:
-    """What each entry took, and what that is of the ceilings."""
+def _timed(
+    entries: Sequence[_Entry], flops_of: Callable[[float], float], limits: Ceilings, device: str
+) -> dict[str, dict[str, Any]]:
+    """What each entry took, and what that is of the ceilings. `flops_of` counts a step by its part of attention."""
     times = in_turns({entry.contestant.name: entry.step for entry in entries}, device)
     found = {}
     for entry in entries:
         seconds = spread(times[entry.contestant.name])
-        tflops = flops / seconds["median_s"] / 1e12
-        floor_s = limits.floor_s(flops, in_float8=entry.contestant.in_float8)
+        effective, executed = flops_of(1.0), flops_of(entry.attended)
+        tflops, executed_tflops = (flops / seconds["median_s"] / 1e12 for flops in (effective, executed))
+        floor_s = limits.floor_s(executed, in_float8=entry.contestant.in_float8)
+        rates = {"tflops": tflops, "executed_tflops": executed_tflops, "floor_s": floor_s}
         found[entry.contestant.name] = (
-            seconds | {"tflops": tflops, "floor_s": floor_s} | limits.percentages(tflops) | entry.facts
-            | judged(seconds["median_s"], floor_s)
-        )  # fmt: skip
+            seconds | rates | limits.percentages(executed_tflops) | entry.facts | judged(seconds["median_s"], floor_s)
+        )
     return found
 
 

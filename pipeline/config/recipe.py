@@ -111,14 +111,21 @@ class StageConfig:
 
         With `guidance_degree` GPUs that share the predictions of an evaluation, of the one that is given most.
         """
-        total = 0
+        by_level = self.samples_by_level(num_tokens, has_audio=has_audio, guidance_degree=guidance_degree)
+        return sum(count for _, count in by_level)
+
+    def samples_by_level(
+        self, num_tokens: int, *, has_audio: bool, guidance_degree: int = 1
+    ) -> list[tuple[float, int]]:
+        """The samples of `num_samples` step by step, each with the noise level it starts from."""
+        by_level = []
         for sigma, after in pairwise(self.levels(num_tokens)):
             guidance = self.guidance_at(sigma)
             passes = (POSITIVE,) if guidance is None else guidance.passes(has_audio=has_audio)
             # res_2s looks twice a step, and once more at the end (`engine/samplers.py`).
             evaluations = 1 if self.sampler != "res_2s" else 2 if after else 3
-            total += evaluations * math.ceil(len(passes) / guidance_degree)
-        return total
+            by_level.append((sigma, evaluations * math.ceil(len(passes) / guidance_degree)))
+        return by_level
 
 
 @dataclass

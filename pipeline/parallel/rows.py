@@ -17,9 +17,7 @@ from torch import Tensor
 from pipeline.parallel.collectives import gathered
 from pipeline.parallel.layout import Axis
 from pipeline.parallel.shards import padded
-
-# The row beyond a picture's edge mirrors the second one, which must be the same rank's.
-MIN_ROWS = 2
+from pipeline.records.parallel import MIN_DECODE_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +66,6 @@ class RankRows:
 def share_rows(num_rows: int, axis: Axis) -> RankRows | None:
     """A latent's rows over the ranks of the axis, as evenly as they go; None if they are too few for all."""
     least, more = divmod(num_rows, axis.size)
-    if axis.size == 1 or least < MIN_ROWS:
+    if axis.size == 1 or least < MIN_DECODE_ROWS:
         return None
     return RankRows(axis, tuple(least + (index < more) for index in range(axis.size)))

@@ -32,9 +32,9 @@ class LayerFlops:
     """Operations of one layer for one clip, by how layouts divide them (a multiply-add counts as 2).
 
     With D and A the video and audio widths, N and M the video and audio tokens, L the text tokens. `linear` grows with
-    the video's tokens: 28 D^2 N + 8 D A N. `attention` has video queries or keys: 4 D N^2 + 4 D N L + 8 A N M. `whole`
-    is the sound and the text's keys and values, which every rank computes unless weights are split:
-    36 A^2 M + 4 A^2 L + 4 A M^2 + 4 A M L + 4 D^2 L.
+    the video's tokens: 28 D^2 N + 8 D A N. `attention` has video queries or keys: 4 D N^2 + 4 D N L + 8 A N M, of whose
+    first term `attended` is computed (`sparsity.py`). `whole` is the sound and the text's keys and values, which every
+    rank computes unless weights are split: 36 A^2 M + 4 A^2 L + 4 A M^2 + 4 A M L + 4 D^2 L.
     """
 
     linear: float
@@ -42,12 +42,12 @@ class LayerFlops:
     whole: float
 
     @classmethod
-    def of(cls, size: DenoiserSize, shape: LatentShape) -> LayerFlops:
+    def of(cls, size: DenoiserSize, shape: LatentShape, attended: float = 1.0) -> LayerFlops:
         d, a, text = size.video_width, size.audio_width, size.text_tokens
         n, m = shape.num_video_tokens, shape.num_audio_latents
         return cls(
             linear=28 * d * d * n + 8 * d * a * n,
-            attention=4 * d * n * n + 4 * d * n * text + 8 * a * n * m,
+            attention=4 * d * n * n * attended + 4 * d * n * text + 8 * a * n * m,
             whole=36 * a * a * m + 4 * a * a * text + 4 * a * m * m + 4 * a * m * text + 4 * d * d * text,
         )
 
@@ -66,9 +66,11 @@ class Machine:
     element_bytes: int = 2
 
 
-def prediction_s(size: DenoiserSize, shape: LatentShape, layout: ParallelLayout, machine: Machine) -> float:
+def prediction_s(
+    size: DenoiserSize, shape: LatentShape, layout: ParallelLayout, machine: Machine, attended: float = 1.0
+) -> float:
     """Seconds of one prediction on a group of `layout`. On one GPU: operations at the machine's rate."""
-    flops = LayerFlops.of(size, shape)
+    flops = LayerFlops.of(size, shape, attended)
     alone_s = size.num_layers * flops.total / (machine.tflops * 1e12)
     if layout.num_gpus == 1 or not flops.total:
         return alone_s

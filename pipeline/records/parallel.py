@@ -16,6 +16,9 @@ from pipeline.errors import UsageError
 # parallelism talks several times a layer, guidance parallelism once a step.
 AXES = ("guidance", "ring", "ulysses", "tensor")
 SINGLE = "single"
+# Rows of a latent that each rank of a group has at least where they decode it together: the row beyond a picture's edge
+# mirrors the second one, which must be the same rank's. Where there are fewer, each decodes the whole.
+MIN_DECODE_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True)

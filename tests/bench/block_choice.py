@@ -12,11 +12,11 @@ import sys
 
 import torch
 
+from pipeline.bench.structured_heads import kept_mass, sampled_queries, statistics, structured_heads
 from pipeline.engine.latents import video_positions
 from pipeline.engine.shortcuts import SparseSettings
 from pipeline.geometry import LatentShape
 from pipeline.model.sparse_attention import PatternInForce, seen_blocks
-from pipeline.bench.structured_heads import kept_mass, sampled_queries, statistics, structured_heads
 
 DENSITIES = (0.25, 0.3, 0.35, 0.4, 0.5, 0.75, 1.0)
 

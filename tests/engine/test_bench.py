@@ -11,12 +11,25 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.entry import RenderJob, compose_job
 from kernels.ops import device_ops, fused_ops
-from pipeline.bench import ceilings, peers, step, timing
+from pipeline.bench import attention, ceilings, peers, step, timing
 from pipeline.bench.ceilings import Ceilings, judged
 from pipeline.bench.peers import PEERS
 from pipeline.bench.step import KNOWN, chosen, measure_steps
-from pipeline.bench.tiers import ABLATIONS, TIERS, Built, Case, Contestant, Step, Weights, tier
+from pipeline.bench.tiers import (
+    ABLATIONS,
+    FAST,
+    PLAIN,
+    TIERS,
+    Built,
+    Case,
+    Contestant,
+    Step,
+    Weights,
+    sparse_tier,
+    tier,
+)
 from pipeline.config.model import DenoiserSize, ModelConfig
 from pipeline.engine.nano import CONFIG
 from pipeline.errors import UsageError
@@ -66,15 +79,82 @@ def times_a_step(factor: float, *, name: str = "off") -> Contestant:
 
 def test_every_tier_and_peer_computes_the_plain_velocities_and_is_timed() -> None:
     facts = measured(*TIERS, PEERS[0])
-    assert list(facts) == ["plain", "exact", "fp8", "diffusers"]
+    assert list(facts) == ["plain", "exact", "fp8", "fast", "diffusers"]
     for found in facts.values():
         assert 0 < found["min_s"] <= found["median_s"] <= found["max_s"] and len(found["all_s"]) >= 5
         tflops = denoiser_flops(NANO.size, SHAPES["64x64x9"]) / found["median_s"] / 1e12
-        assert found["tflops"] == pytest.approx(tflops)
+        assert found["tflops"] == found["executed_tflops"] == pytest.approx(tflops), "so few tokens stay dense"
         assert found["percent_of_bf16_gemm"] == pytest.approx(100 * tflops / 0.8)
     assert facts["plain"]["difference"]["video"]["relative"] == 0
     assert 0 < facts["diffusers"]["difference"]["video"]["relative"] < 0.02
     assert 0.005 < facts["fp8"]["difference"]["audio"]["relative"] < 0.15
+
+
+def sparse_from_the_first_token(*, density: float = 0.3) -> Contestant:
+    precision = replace(FAST, dense_below_tokens=0, attention_density=density)
+    return sparse_tier(precision, TIERS[-1].bound)
+
+
+def test_the_fast_tier_is_the_shipped_one() -> None:
+    assert compose_job(RenderJob, "render", ["precision=fast"]).precision == FAST
+    assert TIERS[-1].name == "fast" and TIERS[-1].in_float8
+
+
+def test_the_fast_tier_is_rated_by_what_it_executes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = LatentShape(16, 10, 16, 10, 24.0)
+    seconds = 1.0
+    monkeypatch.setattr(step, "in_turns", lambda calls, device: {name: [seconds] * 5 for name in calls})
+    contestants = [TIERS[0], sparse_from_the_first_token()]
+    (row,) = measure_steps(CONFIG["transformer"], NANO, {"512x320x121": shape}, contestants, "cpu")
+    dense, fast = (row["contestants"][name] for name in ("plain", "fast"))
+    # Of 20 blocks 14 are seen in both layers, and choosing them is 1/256 of the dense operations.
+    spared = 2 * 4 * 64 * 2560**2 * (1 - 14 / 20 - 1 / 256) / 1e12
+    assert fast["tflops"] == dense["tflops"] == dense["executed_tflops"]
+    assert dense["tflops"] - fast["executed_tflops"] == pytest.approx(spared)
+    assert fast["percent_of_fp8_gemm"] == pytest.approx(100 * fast["executed_tflops"] / 1.5)
+    assert fast["floor_s"] == pytest.approx(fast["executed_tflops"] / 1.5)
+    assert 0.02 < fast["difference"]["video"]["relative"] < 0.1
+
+
+def test_the_fast_tier_computes_the_fp8_velocities_where_it_sees_all_keys() -> None:
+    weights = Weights(CONFIG["transformer"], NANO, "cpu")
+    case = weights.case(LatentShape(16, 10, 16, 10, 24.0))
+    fp8 = tier("fp8", fused_ops, fp8=True)
+    with torch.inference_mode():
+        velocities = [each.build(weights).bind(case)() for each in (sparse_from_the_first_token(density=1.0), fp8)]
+        for got, wanted in zip(*velocities, strict=True):
+            assert timing.difference(got, wanted)["relative"] < 0.02, "in the clip's own order"
+
+
+def test_tokens_in_a_wrong_order_are_beyond_the_loosest_bound() -> None:
+    weights = Weights(CONFIG["transformer"], NANO, "cpu")
+    case = weights.case(LatentShape(16, 10, 16, 10, 24.0))
+    with torch.inference_mode():
+        video, _ = PLAIN.build(weights).bind(case)()
+    assert timing.difference(video.flip(1), video)["relative"] > 2 * TIERS[-1].bound
+
+
+def test_attention_over_blocks_is_timed_with_its_choice_and_its_error() -> None:
+    found = attention.measure_attention(LatentShape(16, 10, 16, 1, 24.0), 4, 16, CEILINGS, "cpu")
+    names = [f"block_sparse_attention_{density}" for density in (0.25, 0.3, 0.5, 1.0)]
+    assert list(found) == ["self_attention", *names]
+    dense, sparse, whole = (found[name] for name in ("self_attention", names[1], names[-1]))
+    assert dense["fused"]["median_s"] > 0 and sparse["choice"]["median_s"] > 0
+    assert sparse["seen_part"] == 14 / 20 and whole["seen_part"] == 1
+    assert sparse["executed_tflops"] == pytest.approx(0.7 * sparse["tflops"])
+    assert whole["difference"]["relative"] < 0.01 < sparse["difference"]["relative"] < 0.5
+
+
+def test_without_the_library_attention_over_blocks_fails_and_dense_attention_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(ops: Any, device: str) -> Any:
+        raise ImportError("No module named 'cudnn'")
+
+    monkeypatch.setattr(attention, "with_block_sparse_attention", missing)
+    found = attention.measure_attention(LatentShape(2, 2, 2, 1, 24.0), 4, 16, CEILINGS, "cpu")
+    assert found["self_attention"]["fused"]["median_s"] > 0
+    assert found["block_sparse_attention_0.3"] == {"failure": "ImportError: No module named 'cudnn'"}
 
 
 @pytest.mark.parametrize("contestant", ABLATIONS, ids=lambda contestant: contestant.name)
@@ -160,7 +240,7 @@ def test_ceilings_are_measured_at_the_sizes_of_the_model() -> None:
 
 
 def test_an_unknown_contestant_is_refused_with_the_known() -> None:
-    with pytest.raises(UsageError, match=r"contestants must be of plain, exact, fp8, diffusers.*got fastest"):
+    with pytest.raises(UsageError, match=r"contestants must be of plain, exact, fp8, fast, diffusers.*got fastest"):
         chosen(["exact", "fastest"])
     assert [contestant.name for contestant in chosen(["fp8", "plain"])] == ["fp8", "plain"]
     assert len(KNOWN) == len(TIERS) + len(PEERS) + len(ABLATIONS)

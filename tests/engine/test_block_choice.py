@@ -12,6 +12,7 @@ import torch
 
 from jobs.entry import RenderJob, compose_job
 from kernels.ops import BLOCK_TOKENS, reference_ops
+from pipeline.bench.structured_heads import StructuredHeads, kept_mass, sampled_queries, statistics, structured_heads
 from pipeline.config.model import MIN_DENSITY, PrecisionConfig
 from pipeline.engine.conditions import HeldPicture, hold_to
 from pipeline.engine.latents import Tokens, video_positions
@@ -26,7 +27,6 @@ from pipeline.model.sparse_attention import (
     block_promise,
     seen_blocks,
 )
-from pipeline.bench.structured_heads import StructuredHeads, kept_mass, sampled_queries, statistics, structured_heads
 
 # Both stages of 1920x1088, 121 frames.
 HALF, FULL = (16, 17, 30), (16, 34, 60)

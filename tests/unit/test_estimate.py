@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
-from pipeline.config.model import ClipDefaults, DenoiserSize
+from pipeline.config.model import ClipDefaults, DenoiserSize, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.config.schedule import ScheduleConfig
 from pipeline.cost.pricing import UnitPrice
@@ -19,6 +19,8 @@ from pipeline.records.parallel import ParallelLayout
 from pipeline.records.wishes import Wishes
 from tests.unit.makers import parse
 
+EXACT, FP8 = PrecisionConfig(), PrecisionConfig("fp8", linear="fp8")
+FAST = PrecisionConfig("fast", linear="fp8", attention="block_sparse")
 FULL = DenoiserSize(48, 4096, 2048, 1024, 2.39e10, 1.266e6)
 RECIPE = RecipeConfig(
     "two_stage",
@@ -38,7 +40,7 @@ def test_a_pass_of_the_19b_denoiser_costs_what_an_operator_counter_says(height: 
 def test_a_distilled_1080p_clip_costs_7_3_pflop_of_denoising() -> None:
     request = parse(width=1920, height=1080, num_frames=121)
     rendered = 1920 * 1088 * 121
-    total = clip_flops(request, RECIPE, FULL)
+    total = clip_flops(request, RECIPE, FULL, EXACT)
     assert (total - 320e12 - 24.5e12) / 1e15 == pytest.approx(7.34, rel=0.005)
     assert FULL.decode_flops_per_pixel * rendered == pytest.approx(320e12, rel=0.001)
 
@@ -46,7 +48,7 @@ def test_a_distilled_1080p_clip_costs_7_3_pflop_of_denoising() -> None:
 def test_an_enhanced_prompt_is_read_and_written_at_its_longest() -> None:
     request = parse(width=768, height=512)
     enhanced = replace(request, wishes=Wishes(enhance_prompt=True))
-    extra = clip_flops(enhanced, RECIPE, FULL) - clip_flops(request, RECIPE, FULL)
+    extra = clip_flops(enhanced, RECIPE, FULL, EXACT) - clip_flops(request, RECIPE, FULL, EXACT)
     assert extra == pytest.approx((512 + 512) * FULL.text_flops_per_token)
 
 
@@ -69,7 +71,7 @@ def test_guidance_costs_a_prediction_for_each_scale_that_is_not_void() -> None:
     )
     plain = StageConfig(schedule=ScheduleConfig(num_steps=10))
     fixed = FULL.text_flops_per_token * FULL.text_tokens + FULL.decode_flops_per_pixel * 25 * 512 * 768
-    costs = [clip_flops(request, RecipeConfig("r", stages=[stage]), FULL) - fixed for stage in (guided, plain)]
+    costs = [clip_flops(request, RecipeConfig("r", stages=[stage]), FULL, EXACT) - fixed for stage in (guided, plain)]
     assert costs[0] == pytest.approx(3 * costs[1])
 
 
@@ -79,7 +81,7 @@ def test_a_resized_recipe_decodes_only_what_its_last_stage_makes() -> None:
     stages = [StageConfig(0.6666666, sigmas=[1.0, 0.0]), StageConfig(upsample=2.0, sigmas=[0.5, 0.0])]
     recipe = RecipeConfig("r", stages=stages, resize=True)
     assert recipe.stage_sizes(512, 768) == [(320, 480), (640, 960)]
-    assert clip_flops(parse(width=768, height=512), recipe, size) == 25 * 640 * 960
+    assert clip_flops(parse(width=768, height=512), recipe, size, EXACT) == 25 * 640 * 960
 
 
 def test_the_longest_step_is_one_of_the_last_stage_at_1080p() -> None:
@@ -90,13 +92,13 @@ def test_the_longest_step_is_one_of_the_last_stage_at_1080p() -> None:
 
 
 def test_a_clip_on_four_gpus_is_sooner_done_and_costs_more() -> None:
-    """xDiT takes 4.2 s on four GPUs for what takes diffusers 12.4 s on one, both compiled. What is not divided,
-    encoding and decoding, is paid for on every GPU of the group."""
+    """xDiT takes 4.2 s on four GPUs for what takes diffusers 12.4 s on one, both compiled. Every GPU of the group pays
+    for the encoding of the prompt; of 34 rows of the latent a rank decodes 9 at most."""
     estimator = Estimator(FULL, Machine(600.0, 249.0), UnitPrice("p", Decimal("3.6")))
     request = parse(width=1920, height=1080, num_frames=121)
     alone, four = (estimator.estimate(request, RECIPE, layout) for layout in (ParallelLayout(), ParallelLayout(4)))
-    undivided_s = (320e12 + 24.5e12) / 600e12
-    speed_up = (alone.clip_s - undivided_s) / (four.clip_s - undivided_s)
+    encoded_s, decoded_s = 24.5e12 / 600e12, 320e12 / 600e12
+    speed_up = (alone.clip_s - encoded_s - decoded_s) / (four.clip_s - encoded_s - decoded_s * 9 / 34)
     assert speed_up == pytest.approx(12.4 / 4.2, rel=0.15)
     assert four.num_gpus == 4 and four.gpu_seconds == 4 * four.clip_s > alone.gpu_seconds
     assert four.cost_usd == pytest.approx(four.gpu_seconds * 0.001, rel=1e-6)
@@ -111,3 +113,45 @@ def test_guidance_parallelism_shares_the_predictions_of_a_step() -> None:
                           UnitPrice("p", Decimal(1)))  # fmt: skip
     seconds = [estimator.estimate(request, recipe, ParallelLayout(guidance=degree)).clip_s for degree in (1, 2, 3)]
     assert [round(each / seconds[0], 2) for each in seconds] == [1.0, 0.67, 0.33], "3 predictions, then 2, then 1"
+
+
+def test_a_group_decodes_a_picture_together_unless_it_has_too_few_rows() -> None:
+    size = DenoiserSize(1, 0, 0, 0, 0.0, 1.0)
+    estimator = Estimator(size, Machine(1.0, 249.0), UnitPrice("p", Decimal(1)))
+    recipe = RecipeConfig("r", stages=[StageConfig(sigmas=[1.0, 0.0])])
+
+    def decode_s(height: int, num_gpus: int) -> float:
+        layout = ParallelLayout(guidance=num_gpus)
+        request = replace(parse(width=768, height=height), grid_px=32)
+        clip_s = estimator.estimate(request, recipe, layout).clip_s
+        return clip_s / estimator.estimate(request, recipe).clip_s
+
+    assert decode_s(512, 4) == pytest.approx(1 / 4), "16 rows"
+    assert decode_s(512, 8) == pytest.approx(1 / 8), "2 rows each are enough"
+    assert decode_s(448, 4) == pytest.approx(4 / 14), "4, 4, 3 and 3 rows"
+    assert decode_s(448, 8) == 1, "14 rows are too few for 8 ranks, so each decodes the whole"
+
+
+def test_the_fast_tier_is_estimated_with_the_operations_it_executes() -> None:
+    """At 1920x1088x121 the first stage's steps up to 0.909375 and all of the second are sparse, in 42 of 48 layers: a
+    block sees 20 of 64 blocks, and 77 of 255."""
+    request = parse(width=1920, height=1080, num_frames=121)
+    dense, fast = (clip_flops(request, RECIPE, FULL, precision) for precision in (EXACT, FAST))
+    attention = [4 * 4096 * num_tokens**2 * 42 for num_tokens in (8_160, 32_640)]
+    spared = [1 - 20 / 64 - 1 / 256, 1 - 77 / 255 - 1 / 256]
+    assert dense - fast == pytest.approx(3 * (attention[0] * spared[0] + attention[1] * spared[1]))
+    estimates = {
+        precision.name: Estimator(FULL, Machine(600.0, 249.0), UnitPrice("p", Decimal("3.6")), precision).estimate(
+            request, RECIPE, ParallelLayout(ulysses=2)
+        )
+        for precision in (EXACT, FP8, FAST)
+    }
+    assert estimates["fp8"] == estimates["exact"]
+    assert estimates["fast"].flops == fast and estimates["exact"].flops == dense
+    assert 0.75 < estimates["fast"].gpu_seconds / estimates["exact"].gpu_seconds < 0.85
+    assert estimates["fast"].cost_usd < estimates["exact"].cost_usd
+
+
+def test_the_fast_tier_spares_nothing_of_a_small_clip() -> None:
+    request = parse(width=512, height=320, num_frames=25)
+    assert clip_flops(request, RECIPE, FULL, FAST) == clip_flops(request, RECIPE, FULL, EXACT)
