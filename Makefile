@@ -15,10 +15,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos test-unit test-gpu check format clean
+.PHONY: help setup demo test chaos test-unit test-gpu test-multi-gpu bench check format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 setup: $(STAMP) ## make .venv with everything pinned in constraints.txt
 
@@ -51,6 +51,28 @@ test-unit: setup ## run the unit tests only
 
 test-gpu: setup ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu tests $(ARGS)
+
+test-multi-gpu: setup ## run the tests that need one GPU or several of one host
+	$(BIN)/python -m pytest -m "gpu or multi_gpu" tests $(ARGS)
+
+# One session on a host with GPUs: first what needs no files, then one clip in each tier, batches, x264. A measurement that
+# fails does not keep the others from theirs. ARGS are settings of jobs.render for the clips and batches.
+BENCH_MODEL ?= ltx2_19b_distilled
+BENCH_FOLDER ?= outputs/bench/$(BENCH_MODEL)
+BENCH_LAYOUTS ?= single auto
+BENCH := $(BIN)/python -m jobs.bench
+OF_FILES = model=$(BENCH_MODEL) folder=$(BENCH_FOLDER)
+
+bench: setup ## measure on the GPUs of this host, into tests/bench/results; BENCH_MODEL, BENCH_FOLDER, BENCH_LAYOUTS
+	-$(BENCH) step model=$(BENCH_MODEL)
+	-$(BENCH) decode model=$(BENCH_MODEL)
+	-$(BENCH) kernel model=$(BENCH_MODEL) 'shapes=[960x544x121,1920x1088x121]'
+	-$(BENCH) kernel model=ltxv_2b_distilled 'shapes=[1920x1088x257]'
+	$(BENCH) write $(OF_FILES)
+	-for tier in exact fp8 fast; do $(BENCH) clip $(OF_FILES) precision=$$tier $(ARGS); done
+	-for layout in $(BENCH_LAYOUTS); do $(BENCH) batch $(OF_FILES) precision=fp8 parallel=$$layout $(ARGS); done
+	-$(BENCH) encode
+	$(BENCH) table
 
 check: setup ## lint, types, architecture
 	$(BIN)/ruff check .

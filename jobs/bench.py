@@ -1,9 +1,10 @@
-"""Measure: `python -m jobs.bench write|clip|step|decode|kernel|table [key=value ...]`.
+"""Measure: `python -m jobs.bench write|clip|batch|step|decode|kernel|encode|table [key=value ...]`.
 
 `write` makes a model's files from random numbers in the published layout and size; `clip` renders one clip with them,
-or with the real ones, through `jobs.render` on Ray. `step`, `decode` and `kernel` draw their weights themselves and
-time our tiers, our peers and each kernel beside what the device can do. Each adds dated rows, with hardware and
-versions, to a file of its name in `results`; `table` prints the README's table of them.
+or with the real ones, through `jobs.render` on Ray, `batch` as many as `num_clips`. `step`, `decode` and `kernel` draw
+their weights themselves and time our tiers, our peers and each kernel beside what the device can do; `encode` times
+x264. Each adds dated rows, with hardware and versions, to a file of its name in `results`; `table` prints the README's
+table of them.
 """
 
 from __future__ import annotations
@@ -19,26 +20,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jobs.entry import CONF, EXIT_BUG, FLAGS, BenchJob, compose_job, run_job
+from jobs.entry import CONF, EXIT_BUG, FLAGS, BenchJob, RenderJob, compose_job, run_job
 from jobs.stage_weights import stage_model
+from pipeline.bench.batch import batch_facts
 from pipeline.bench.rows import Row, append, hardware
 from pipeline.bench.shapes import clips_named
 from pipeline.bench.table import performance_table
 from pipeline.config.model import ModelConfig
 from pipeline.errors import EngineFault, UsageError
 from pipeline.geometry import latent_shape
+from pipeline.media.mux import EncodeSettings
 from pipeline.media.probe import check_clip, probe_clip
 from pipeline.storage.filesystem import local_path
 from pipeline.storage.manifest import write_manifest
 from pipeline.storage.models import staged_bytes
-from pipeline.storage.runs import read_run
-from pipeline.storage.store import open_store
+from pipeline.storage.runs import read_events, read_run
+from pipeline.storage.store import Store, open_store
 from pipeline.storage.tables import read_ledger, read_rows
 
 SEED = 20261120
@@ -136,33 +139,20 @@ def _write_text_encoder(folder: Path, name: str) -> None:
 
 def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Render one clip through `jobs.render` on Ray and add a row of what it took."""
-    now = datetime.now(UTC)
-    run_id = f"bench-{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    store = open_store(job.output)
-    manifest = local_path(job.output) / f"{run_id}.parquet"
-    size = {"width": job.width, "height": job.height, "num_frames": job.num_frames}
-    write_manifest(manifest, [{"id": "bench", "prompt": PROMPT, "seed": SEED, **size}])
-    arguments = [f"manifest={manifest}", f"output={job.output}", f"run_id={run_id}", "resume=false", *model_arguments]
-    if not any(argument.startswith("cluster=") for argument in others):
-        arguments += ["cluster=local", "cluster.num_workers=1"]
-    if job.folder is not None:
-        arguments.append(f"model.folder={job.folder}")
-    if job.gpu_memory_limit_gb is not None:
-        arguments.append(f"cluster.gpu_memory_limit_gb={job.gpu_memory_limit_gb}")
-    done = subprocess.run([sys.executable, "-m", "jobs.render", *arguments, *others], check=False)
-    rows = read_rows(store, f"runs/{run_id}/results")
-    if not rows:  # it said why on stderr
-        return done.returncode
-    row = rows[0]
-    load_s = sum(entry.gpu_seconds for entry in read_ledger(store, run_id) if entry.state == "weight_load")
+    one = [] if any(argument.startswith("cluster=") for argument in others) else ["cluster.num_workers=1"]
+    run = _rendered(job, model_arguments, [*one, *others], [PROMPT])
+    if not run.rows:  # it said why on stderr
+        return run.exit_code
+    (row,) = run.rows
+    load_s = sum(entry.gpu_seconds for entry in read_ledger(run.store, run.run_id) if entry.state == "weight_load")
     num_bytes = staged_bytes(job.model.folder, job.model.name, job.model.parts().values())
     measured = {
-        "at": now.isoformat(timespec="seconds"),
+        "at": run.at,
         "what": "clip",
         **{name: row[name] for name in ("status", "model", "recipe", "precision", "error_message")},
-        **size,
+        **_size(job),
         "arguments": others,
-        "exit_code": done.returncode,
+        "exit_code": run.exit_code,
         "load_s": load_s,
         "load_gb": num_bytes / 1e9,
         "load_gb_per_s": num_bytes / 1e9 / load_s if load_s else None,
@@ -170,11 +160,73 @@ def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
         "gpu_memory_limit_gb": job.gpu_memory_limit_gb,
         "playable": _is_playable(row),
         "hardware": hardware(),
-        "versions": read_run(store, run_id)["versions"],
+        "versions": read_run(run.store, run.run_id)["versions"],
     }
     append(Path(job.results), measured)
     sys.stdout.write(json.dumps(measured, indent=1) + "\n")
-    return done.returncode
+    return run.exit_code
+
+
+def batch(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Render `num_clips` clips of one shape through `jobs.render` on Ray and add a row of how fast they came."""
+    # Each has a prompt of its own: that of one clip is not encoded again for the next.
+    run = _rendered(job, model_arguments, others, [f"{PROMPT}, take {take}" for take in range(1, job.num_clips + 1)])
+    if not run.rows:  # it said why on stderr
+        return run.exit_code
+    first, *_ = run.rows
+    measured = {
+        "at": run.at,
+        "what": "batch",
+        **{name: first[name] for name in ("model", "recipe", "precision")},
+        **_size(job),
+        "num_clips": job.num_clips,
+        "arguments": others,
+        "exit_code": run.exit_code,
+        **batch_facts(run.rows, read_ledger(run.store, run.run_id), read_events(run.store, run.run_id)),
+        "gpu_memory_limit_gb": job.gpu_memory_limit_gb,
+        "hardware": hardware(),
+        "versions": read_run(run.store, run.run_id)["versions"],
+    }
+    append(Path(job.results), measured)
+    sys.stdout.write(json.dumps(measured, indent=1) + "\n")
+    return run.exit_code
+
+
+class _Run(NamedTuple):
+    """A run of `jobs.render` that has ended; without rows it did not come to rendering."""
+
+    at: str
+    store: Store
+    run_id: str
+    exit_code: int
+    rows: list[dict[str, Any]]
+
+
+def _rendered(job: BenchJob, model_arguments: list[str], others: list[str], prompts: Sequence[str]) -> _Run:
+    """One clip for each prompt, rendered anew by a process of its own."""
+    now = datetime.now(UTC)
+    run_id = f"bench-{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    manifest = local_path(job.output) / f"{run_id}.parquet"
+    rows = [
+        {"id": f"bench-{index}", "prompt": prompt, "seed": SEED + index, **_size(job)}
+        for index, prompt in enumerate(prompts)
+    ]
+    write_manifest(manifest, rows)
+    arguments = [f"manifest={manifest}", f"output={job.output}", f"run_id={run_id}", "resume=false", *model_arguments]
+    if not any(argument.startswith("cluster=") for argument in others):
+        arguments.append("cluster=local")
+    if job.folder is not None:
+        arguments.append(f"model.folder={job.folder}")
+    if job.gpu_memory_limit_gb is not None:
+        arguments.append(f"cluster.gpu_memory_limit_gb={job.gpu_memory_limit_gb}")
+    done = subprocess.run([sys.executable, "-m", "jobs.render", *arguments, *others], check=False)
+    store = open_store(job.output)
+    found = read_rows(store, f"runs/{run_id}/results")
+    return _Run(now.isoformat(timespec="seconds"), store, run_id, done.returncode, found)
+
+
+def _size(job: BenchJob) -> dict[str, int]:
+    return {"width": job.width, "height": job.height, "num_frames": job.num_frames}
 
 
 def _is_playable(row: dict[str, Any]) -> bool:
@@ -222,6 +274,19 @@ def kernel(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     return _record(job, measure_kernels(_metadata(job.model)["transformer"], job.model, shapes, best_device()))
 
 
+def encode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Time x264 with a recipe's settings; `others` are settings of `jobs.render`, such as `recipe.encode.crf=20`."""
+    given = compose_job(RenderJob, "render", [*model_arguments, *others]).recipe.encode
+    settings = EncodeSettings(preset=given.preset, crf=given.crf, x264_threads=given.x264_threads,
+                              audio_bitrate_kbps=given.audio_bitrate_kbps)  # fmt: skip
+    from pipeline.bench.encode import measure_encode
+
+    row = measure_encode(settings, **_size(job))
+    append(Path(job.results), row)
+    sys.stdout.write(json.dumps(row, indent=1) + "\n")
+    return 0
+
+
 def table(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Print the README's table of the rows in `results`."""
     _refuse("table", others)
@@ -256,7 +321,8 @@ def _record(job: BenchJob, rows: Iterable[Row]) -> int:
 
 
 WHAT: dict[str, Callable[[BenchJob, list[str], list[str]], int]] = {
-    "write": write, "clip": clip, "step": step, "decode": decode, "kernel": kernel, "table": table,
+    "write": write, "clip": clip, "batch": batch, "step": step, "decode": decode, "kernel": kernel, "encode": encode,
+    "table": table,
 }  # fmt: skip
 
 

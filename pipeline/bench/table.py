@@ -1,4 +1,4 @@
-"""The README's performance table, made of the committed rows: of each clip, step and decode the newest. No torch here.
+"""The README's performance table, made of the committed rows: of each measurement the newest. No torch here.
 
 Reads rows of the scripts that `jobs.bench` replaced too. What was measured with a toy model or on a CPU is left out.
 """
@@ -37,6 +37,11 @@ _DECODES = (
 )
 
 
+_BATCHES = ("batch", "clips", "recipe", "precision", "GPUs", "layouts", "wall", "clips a minute", "video s per s",
+            "GPU s a clip, loaded", "$ a clip, loaded", "idle", "measured")  # fmt: skip
+_ENCODES = ("encoding", "x264", "clip", "seconds, median (least to most)", "size", "measured")
+
+
 class _Line(NamedTuple):
     """A line of a table; a newer one of the same key takes its place."""
 
@@ -49,7 +54,9 @@ def performance_table(results: Path) -> str:
     steps = (*_older_peers(read(results, "peers")), *_older_steps(read(results, "kernels")),
              *_steps(read(results, "step")))  # fmt: skip
     decodes = (*_older_decodes(read(results, "decode")), *_decodes(read(results, "decode")))
-    tables = [(_CLIPS, _clips(read(results, "clip"))), (_STEPS, steps), (_DECODES, decodes)]
+    tables = [(_CLIPS, [*_clips(read(results, "clip"))]), (_STEPS, [*steps]), (_DECODES, [*decodes])]
+    later = [(_BATCHES, [*_batches(read(results, "batch"))]), (_ENCODES, [*_encodes(read(results, "encode"))])]
+    tables += [table for table in later if table[1]]
     return "\n".join(_markdown(head, _newest(lines)) for head, lines in tables)
 
 
@@ -137,6 +144,35 @@ def _decode(model: str, shape: str, name: str, facts: Row, measured: str) -> _Li
     return _Line((model, shape, name), (f"{model} {shape}", f"`{name}`", *speed, peak, measured))
 
 
+def _batches(rows: Iterable[Row]) -> Iterator[_Line]:
+    for row in rows:
+        if row["num_rendered"] < row["num_clips"] or not _counts(row):
+            continue
+        shape = f"{row['width']}x{row['height']}x{row['num_frames']}"
+        layouts = ", ".join(f"{count} {layout}" for layout, count in sorted(row["layouts"].items()))
+        gpus, cap = str(row["num_gpus"]), str(row["gpu_memory_limit_gb"])
+        cells = (
+            f"{row['model']} {shape}", str(row["num_clips"]), row["recipe"], row["precision"], gpus, layouts,
+            f"{row['wall_s']:.1f} s", f"{row['clips_a_minute']:.2f}", f"{row['video_s_per_s']:.2f}",
+            f"{row['gpu_seconds_a_clip_loaded']:.1f}", f"{row['cost_usd_a_clip_loaded']:.4f}",
+            f"{100 * row['idle_share']:.0f} %", _measured(row),
+        )  # fmt: skip
+        # The same batch under other settings is another line.
+        key = (row["model"], shape, row["recipe"], row["precision"], gpus, cap, *row["arguments"])
+        yield _Line(key, cells)
+
+
+def _encodes(rows: Iterable[Row]) -> Iterator[_Line]:
+    for row in rows:
+        settings = row["settings"]
+        x264 = f"{settings['preset']}, CRF {settings['crf']}, {settings['x264_threads']} threads"
+        # On the host of a GPU: another machine's cores say nothing of it.
+        for name, facts in row["contestants"].items() if row["hardware"]["gpus"] else ():
+            size = f"{facts['size_bytes'] / 1e6:.1f} MB"
+            cells = (row["shape"], x264, name, _seconds(facts), size, _measured(row))
+            yield _Line((x264, row["shape"], name), cells)
+
+
 def _counts(row: Row) -> bool:
     return bool(row["hardware"]["gpus"]) and row["model"] != _TOY_MODEL
 
@@ -148,8 +184,20 @@ def _speed(facts: Row) -> tuple[str, ...]:
             return why.replace("_", " "), "", "", ""
     if "least_of_3_s" in facts:
         return f"{facts['least_of_3_s']:.3f} (least of 3)", "", "", ""
-    rates = (facts.get(name) for name in ("tflops", "percent_of_bf16_gemm", "percent_of_fp8_gemm"))
-    return f"{facts['median_s']:.3f} ({facts['min_s']:.3f} to {facts['max_s']:.3f})", *map(_number, rates)
+    percentages = (facts.get(name) for name in ("percent_of_bf16_gemm", "percent_of_fp8_gemm"))
+    return _seconds(facts), _rate(facts), *map(_number, percentages)
+
+
+def _seconds(facts: Row) -> str:
+    return f"{facts['median_s']:.3f} ({facts['min_s']:.3f} to {facts['max_s']:.3f})"
+
+
+def _rate(facts: Row) -> str:
+    """TFLOP/s by a dense step's operations, and by those that were executed where they were fewer."""
+    effective, executed = facts.get("tflops"), facts.get("executed_tflops")
+    if effective == executed or executed is None:
+        return _number(effective)
+    return f"{_number(effective)} effective, {_number(executed)} executed"
 
 
 def _number(value: float | None) -> str:

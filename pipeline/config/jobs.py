@@ -159,16 +159,18 @@ class SubmitJob:
 
 @dataclass
 class BenchJob:
-    """What `jobs.bench` reads itself; `clip` hands every other argument to `jobs.render`."""
+    """What `jobs.bench` reads itself; `clip` and `batch` hand every other argument to `jobs.render`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    # Where the model's files are written or lie; the model's own folder if left out. `write` and `clip` only.
+    # Where the model's files are written or lie; the model's own folder if left out. `write`, `clip`, `batch` only.
     folder: str | None = None
     output: str = "outputs/bench"
-    # Of `clip`.
+    # Of `clip`, `batch` and `encode`.
     width: int = 1920
     height: int = 1088
     num_frames: int = 121
+    # Of `batch`.
+    num_clips: int = 32
     # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out.
     gpu_memory_limit_gb: float | None = None
     # Of `step`, `decode` and `kernel`: width x height x frames of what is denoised or decoded.
@@ -177,3 +179,6 @@ class BenchJob:
     contestants: list[str] | None = None
     # A folder; each kind of measurement adds its rows to a file of its name.
     results: str = "tests/bench/results"
+
+    def __post_init__(self) -> None:
+        require(self.num_clips >= 1, "num_clips", "1 or more", self.num_clips, "use 32")

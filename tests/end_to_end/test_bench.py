@@ -39,6 +39,36 @@ def test_a_clip_adds_a_dated_row_with_hardware_and_versions(model_folder: Path, 
     assert row["at"].startswith("20")
 
 
+@pytest.mark.ray
+def test_a_batch_adds_a_row_of_how_fast_its_clips_came(model_folder: Path, tmp_path: Path) -> None:
+    done = run_command("bench", "batch", "num_clips=5", "width=64", "height=64", "num_frames=9",
+                       f"folder={model_folder}", f"output={tmp_path / 'out'}", f"results={tmp_path / 'results'}",
+                       "cluster.num_workers=2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "results" / "batch.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["num_rendered"] == row["num_clips"] == 5 and row["error_message"] is None
+    assert row["model"] == "nano" and row["arguments"] == ["cluster.num_workers=2"] and row["num_gpus"] == 2
+    assert row["clips_a_minute"] == pytest.approx(60 * 5 / row["wall_s"])
+    assert row["video_s_per_s"] == pytest.approx(5 * 9 / 24 / row["wall_s"])
+    assert row["layouts"] == {"single": 5}
+    assert 0 <= row["idle_share"] < 1 and sum(row["share_by_state"].values()) == pytest.approx(1)
+    assert 0 < row["gpu_seconds_a_clip"] < row["gpu_seconds_a_clip_loaded"], "loading is paid for too"
+    assert 0 < row["cost_usd_a_clip"] < row["cost_usd_a_clip_loaded"]
+
+
+def test_the_encoder_is_timed_with_the_settings_of_a_recipe(tmp_path: Path) -> None:
+    size = ["width=128", "height=64", "num_frames=9"]
+    done = run_command("bench", "encode", *size, f"results={tmp_path}", "recipe.encode.crf=30")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "encode.jsonl").read_text())
+    assert row["shape"] == "128x64x9" and row["settings"]["crf"] == 30 and row["settings"]["preset"] == "veryfast"
+    natural, noise = row["contestants"]["natural"], row["contestants"]["noise"]
+    assert natural["median_s"] > 0 and len(noise["all_s"]) == 3
+    assert 0 < natural["size_bytes"] < noise["size_bytes"] / 3
+    assert_refused(run_command("bench", "encode", "recipe.encode.preset=fastest"), "recipe.encode.preset", "'fastest'")
+
+
 def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_path: Path) -> None:
     done = run_command("render", f"model.folder={model_folder}", f"output={tmp_path / 'out'}", "cluster.device=cpu",
                        "cluster.gpu_memory_limit_gb=80")  # fmt: skip
@@ -46,7 +76,7 @@ def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_
 
 
 def test_a_bench_that_does_not_exist_is_refused() -> None:
-    assert_refused(run_command("bench", "cip"), "write, clip, step, decode, kernel or table", "'cip'")
+    assert_refused(run_command("bench", "cip"), "write, clip, batch, step, decode, kernel, encode or table", "'cip'")
     assert_refused(run_command("bench", "write", "model=ltx2_19b_dev"), "folder=")
     assert_refused(run_command("bench", "clip", "widht=64"), "'widht' is not a setting")
     assert_refused(run_command("bench", "step", "recipe.encode.crf=30"), "settings of its own alone")
@@ -56,9 +86,9 @@ def test_a_bench_that_does_not_exist_is_refused() -> None:
 @pytest.mark.parametrize(
     ("what", "shapes", "contestants"),
     [
-        ("step", ["64x64x9", "96x64x9"], ["plain", "exact", "fp8", "diffusers"]),
+        ("step", ["64x64x9", "96x64x9"], ["plain", "exact", "fp8", "fast", "diffusers"]),
         ("decode", ["64x64x9"], ["whole", "whole_channels_last", "tiled", "stream_1", "stream_8_channels_last_fused"]),
-        ("kernel", ["64x64x9"], ["rms_norm", "qk_norm_rope", "linear_gelu"]),
+        ("kernel", ["64x64x9"], ["rms_norm", "linear_gelu", "self_attention", "block_sparse_attention_0.3"]),
     ],
 )
 def test_a_measurement_adds_a_dated_row_for_each_shape(

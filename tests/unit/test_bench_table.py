@@ -76,6 +76,53 @@ def test_toys_and_processors_are_left_out(tmp_path: Path) -> None:
     assert lines_of(tmp_path, "`exact`") == []
 
 
+def test_a_sparse_tier_shows_effective_and_executed_rates_apart(tmp_path: Path) -> None:
+    fast = timed(1.2, tflops=1428.4, executed_tflops=980.2, percent_of_fp8_gemm=65.3)
+    dense = timed(1.2, tflops=1428.4, executed_tflops=1428.4)
+    append(tmp_path, step_row("2026-11-20T10:00:00+00:00", {"fast": fast, "exact": dense}))
+    (line,) = lines_of(tmp_path, "`fast`")
+    assert "| 1428 effective, 980 executed |  | 65 |" in line
+    (line,) = lines_of(tmp_path, "`exact`")
+    assert "| 1428 |" in line
+
+
+def batch_row(at: str, arguments: list[str], **facts: Any) -> dict[str, Any]:
+    found = {"num_rendered": 32, "wall_s": 64.0, "clips_a_minute": 30.0, "video_s_per_s": 2.52, "num_gpus": 4,
+             "gpu_seconds_a_clip_loaded": 8.25, "cost_usd_a_clip_loaded": 0.00825, "idle_share": 0.031,
+             "layouts": {"single": 28, "ulysses4": 4}}  # fmt: skip
+    return {"at": at, "what": "batch", "model": "ltx2_19b_distilled", "recipe": "distilled_two_stage",
+            "precision": "fp8", "width": 1920, "height": 1088, "num_frames": 121, "num_clips": 32,
+            "arguments": arguments, "gpu_memory_limit_gb": None, "hardware": H200, "versions": {"torch": "2.11.0"},
+            **found, **facts}  # fmt: skip
+
+
+def test_batches_are_shown_by_their_settings_and_half_rendered_ones_are_not(tmp_path: Path) -> None:
+    auto, single = ["precision=fp8", "parallel=auto"], ["precision=fp8", "parallel=single"]
+    append(tmp_path, batch_row("2026-11-20T10:00:00+00:00", auto, wall_s=99.0))
+    append(tmp_path, batch_row("2026-11-20T11:00:00+00:00", single, layouts={"single": 32}))
+    append(tmp_path, batch_row("2026-11-20T12:00:00+00:00", auto))
+    append(tmp_path, batch_row("2026-11-20T13:00:00+00:00", auto, num_rendered=31, wall_s=1.0))
+    append(tmp_path, batch_row("2026-11-20T14:00:00+00:00", auto, model="nano"))
+    lines = lines_of(tmp_path, "| 32 |")
+    assert len(lines) == 2
+    (line,) = lines_of(tmp_path, "ulysses4")
+    assert "| fp8 | 4 | 28 single, 4 ulysses4 | 64.0 s | 30.00 | 2.52 | 8.2 | 0.0083 | 3 % | 2026-11-20 12:00" in line
+
+
+def test_the_encoder_is_shown_for_hosts_of_gpus(tmp_path: Path) -> None:
+    row = {"at": "2026-11-20T10:00:00+00:00", "what": "encode", "shape": "1920x1088x121", "hardware": H200,
+           "settings": {"preset": "veryfast", "crf": 18, "x264_threads": 2}, "versions": {"torch": "2.11.0"},
+           "contestants": {"natural": timed(3.0, size_bytes=41_250_000)}}  # fmt: skip
+    append(tmp_path, row)
+    append(tmp_path, {**row, "hardware": H200 | {"gpus": []}, "contestants": {"noise": timed(9.0, size_bytes=1)}})
+    (line,) = lines_of(tmp_path, "veryfast")
+    assert "| 1920x1088x121 | veryfast, CRF 18, 2 threads | natural | 3.000 (1.500 to 6.000) | 41.2 MB |" in line
+
+
+def test_batches_and_encodings_have_no_table_before_they_are_measured(tmp_path: Path) -> None:
+    assert "| batch |" not in performance_table(tmp_path) and "| encoding |" not in performance_table(tmp_path)
+
+
 def test_a_row_says_when_and_on_what_it_was_measured(tmp_path: Path) -> None:
     append(tmp_path, new_row("kernel", shape="64x64x9"))
     (row,) = read(tmp_path, "kernel")
