@@ -35,7 +35,6 @@ from pipeline.bench.table import performance_table
 from pipeline.config.model import ModelConfig
 from pipeline.errors import EngineFault, UsageError
 from pipeline.geometry import latent_shape
-from pipeline.media.mux import EncodeSettings
 from pipeline.media.probe import check_clip, probe_clip
 from pipeline.storage.filesystem import local_path
 from pipeline.storage.manifest import write_manifest
@@ -276,12 +275,10 @@ def kernel(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
 
 def encode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time x264 with a recipe's settings; `others` are settings of `jobs.render`, such as `recipe.encode.crf=20`."""
-    given = compose_job(RenderJob, "render", [*model_arguments, *others]).recipe.encode
-    settings = EncodeSettings(preset=given.preset, crf=given.crf, x264_threads=given.x264_threads,
-                              audio_bitrate_kbps=given.audio_bitrate_kbps)  # fmt: skip
+    recipe = compose_job(RenderJob, "render", [*model_arguments, *others]).recipe
     from pipeline.bench.encode import measure_encode
 
-    row = measure_encode(settings, **_size(job))
+    row = measure_encode(recipe.encode, **_size(job))
     append(Path(job.results), row)
     sys.stdout.write(json.dumps(row, indent=1) + "\n")
     return 0

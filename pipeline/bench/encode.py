@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.bench.rows import Row, new_row
 from pipeline.bench.timing import spread
+from pipeline.config.recipe import EncodeConfig
 from pipeline.media.mux import EncodeSettings, write_clip
 from pipeline.media.natural_clip import FPS, EncodeTiming, time_encode
 from pipeline.records.frames import YuvFrames
@@ -27,8 +28,10 @@ _CHUNK_FRAMES = 8
 _TURNS = 3
 
 
-def measure_encode(settings: EncodeSettings, *, width: int, height: int, num_frames: int) -> Row:
+def measure_encode(encode: EncodeConfig, *, width: int, height: int, num_frames: int) -> Row:
     """Both clips in turns, without sound."""
+    settings = EncodeSettings(preset=encode.preset, crf=encode.crf, x264_threads=encode.x264_threads,
+                              audio_bitrate_kbps=encode.audio_bitrate_kbps)  # fmt: skip
     timers = {
         name: partial(timer, width=width, height=height, num_frames=num_frames)
         for name, timer in (("natural", time_encode), ("noise", _time_noise))

@@ -193,7 +193,7 @@ def _seconds(facts: Row) -> str:
 
 
 def _rate(facts: Row) -> str:
-    """TFLOP/s by a dense step's operations, and by those that were executed where they were fewer."""
+    """TFLOP/s by a dense step's operations, and by those that were executed where these are others."""
     effective, executed = facts.get("tflops"), facts.get("executed_tflops")
     if effective == executed or executed is None:
         return _number(effective)

@@ -170,18 +170,18 @@ def _bound(denoiser: AudioVideoDenoiser, keeps_text: bool, case: Case) -> Step:
 
 
 def sparse_tier(precision: PrecisionConfig, bound: float) -> Contestant:
-    """Our denoiser with 8-bit products and block-sparse attention, as an engine of this tier has it in a step at SIGMA.
+    """Our denoiser with block-sparse attention, as an engine of this tier has it in a step at SIGMA.
 
     Without the library for it on a GPU, building it raises ImportError.
     """
-    layers_of = partial(Weights.layers_between, num_first=precision.dense_first_layers,
-                        num_last=precision.dense_last_layers)  # fmt: skip
+    fp8 = precision.linear == "fp8"
 
     def build(weights: Weights) -> Built:
         ops = with_block_sparse_attention(fused_ops(weights.device), weights.device)
-        denoiser = weights.denoiser(ops, fp8=True)
+        denoiser = weights.denoiser(ops, fp8=fp8)
+        layers = weights.layers_between(precision.dense_first_layers, precision.dense_last_layers)
         settings = SparseSettings(
-            use_sparse_attention(denoiser, layers_of(weights), ops),
+            use_sparse_attention(denoiser, layers, ops),
             precision.attention_density,
             precision.dense_below_tokens,
             precision.dense_above_level,
@@ -192,11 +192,11 @@ def sparse_tier(precision: PrecisionConfig, bound: float) -> Contestant:
             stage = settings.begin(case.shape, case.video.positions_BAT2)
             if stage is None:
                 return 1.0
-            return mean_of_layers(len(layers_of(weights)), weights.hparams.num_layers, stage.pattern.seen_part)
+            return mean_of_layers(len(layers), weights.hparams.num_layers, stage.pattern.seen_part)
 
         return Built(denoiser, partial(_bound_sparse, denoiser, Shortcuts(settings)), attended)
 
-    return Contestant(precision.name, True, build, bound)
+    return Contestant(precision.name, fp8, build, bound)
 
 
 def _bound_sparse(denoiser: AudioVideoDenoiser, shortcuts: Shortcuts, case: Case) -> Step:

@@ -106,6 +106,10 @@ def test_a_measurement_adds_a_dated_row_for_each_shape(
         assert set(contestants) <= row["contestants"].keys()
         for name in contestants:
             facts = row["contestants"][name]
+            if "failure" in facts:
+                # There NVIDIA's kernel may be missing, and takes no heads as narrow as a toy's.
+                assert row["device"] == "cuda" and name in ("fast", "block_sparse_attention_0.3")
+                continue
             times = facts["fused"] if what == "kernel" else facts
             assert times["median_s"] > 0 and len(times["all_s"]) >= 5
     # A busy machine may have stood still while ceilings were measured; then times below them are rightly errors.
