@@ -21,7 +21,8 @@ class Axis:
     """The ranks that differ from this one along one axis, or several, and in nothing else, itself among them.
 
     `ranks` are those of the world, in order; this one is `ranks[index]`. There is no group of a rank alone, nor of one
-    that left: what holds an axis (slots of a denoiser, say) must not keep connections open that others wait at.
+    that left: what holds an axis (slots of a denoiser, say) must not keep connections open that others wait at. Axes
+    of the same ranks may have the same group.
     """
 
     ranks: tuple[int, ...]
@@ -48,7 +49,8 @@ class RankGroups:
     `tokens` are all ranks with a part of the tokens, `sequence` the same by axis. `audio` and `audio_tensor` are the
     same ranks again, in groups of their own: on CUDA the audio stream's work is queued beside the video's, and of one
     communicator all collectives come one after the other, in the order in which they were queued. Those of the video
-    would wait for audio that is not computed yet.
+    would wait for audio that is not computed yet. All other axes come one after the other anyway: those of the same
+    ranks share a group, because every communicator takes memory of the device.
     """
 
     layout: ParallelLayout
@@ -69,6 +71,11 @@ class RankGroups:
         """Every axis, those of both streams apart."""
         split = (self.sequence.ring, self.sequence.ulysses, self.audio.ring, self.audio.ulysses)
         return self.world, self.tokens, *split, self.tensor, self.audio_tensor, self.guidance
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Every group of this rank once, in the same order on all ranks."""
+        return list(dict.fromkeys(axis.group for axis in self.axes if axis.group is not None))
 
 
 def ranks_along(layout: ParallelLayout, *axes: str) -> list[tuple[int, ...]]:
@@ -91,12 +98,14 @@ def form_groups(layout: ParallelLayout, timeout: timedelta) -> RankGroups:
             f"layout {layout.name} needs {layout.num_gpus} ranks, got {num_ranks}; start as many, or use another layout"
         )
 
-    def along(*axes: str) -> Axis:
+    every = tuple(range(num_ranks))
+    main, audio = _Lane(timeout, {every: dist.group.WORLD}), _Lane(timeout, {})
+
+    def along(*axes: str, lane: _Lane = main) -> Axis:
         mine: Axis | None = None
         for ranks in ranks_along(layout, *axes):
-            # All ranks of the world make a group together, also those that are not in it. Left to itself, a group takes
-            # the library's timeout of half an hour, and not that of the world.
-            group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+            # All ranks of the world make a group together, also those that are not in it.
+            group = lane.group_of(ranks)
             if rank in ranks:
                 mine = Axis(ranks, ranks.index(rank), group)
         assert mine is not None, "every rank has a place along every axis"
@@ -107,8 +116,23 @@ def form_groups(layout: ParallelLayout, timeout: timedelta) -> RankGroups:
         world=along(*AXES),
         tokens=along("ring", "ulysses"),
         sequence=SequenceAxes(along("ring"), along("ulysses")),
-        audio=SequenceAxes(along("ring"), along("ulysses")),
+        audio=SequenceAxes(along("ring", lane=audio), along("ulysses", lane=audio)),
         tensor=along("tensor"),
-        audio_tensor=along("tensor"),
+        audio_tensor=along("tensor", lane=audio),
         guidance=along("guidance"),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Lane:
+    """Work that is queued in one order, and the groups that it goes through, by their ranks."""
+
+    timeout: timedelta
+    made: dict[tuple[int, ...], dist.ProcessGroup | None]
+
+    def group_of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The lane's group of these ranks, made if there is none yet; None for a rank alone."""
+        if len(ranks) > 1 and ranks not in self.made:
+            # Left to itself, a group takes the library's timeout of half an hour, and not that of the world.
+            self.made[ranks] = dist.new_group(list(ranks), timeout=self.timeout)
+        return self.made[ranks] if len(ranks) > 1 else None

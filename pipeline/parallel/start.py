@@ -1,4 +1,4 @@
-"""A process becomes a rank, and stops being one: meeting the others, binding its device, leaving.
+"""A process becomes a rank, and stops being one: meeting the others, binding its device, connecting, leaving.
 
 Who starts processes and what follows when one dies is the cluster's.
 """
@@ -12,13 +12,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.parallel.layout import RankGroups, form_groups
+from pipeline.parallel.collectives import gathered, heads_for_tokens, pass_on
+from pipeline.parallel.layout import Axis, RankGroups, form_groups
 from pipeline.records.gang import Member
 from pipeline.records.parallel import ParallelLayout
 
 
 def join(member: Member, layout: ParallelLayout, device: str, timeout_s: float) -> RankGroups:
-    """Meet the other ranks and form the groups of the layout; `device` is cpu (gloo), cuda or cuda:0 (NCCL).
+    """Meet the other ranks, form the groups of the layout and connect them all.
+
+    `device` is cpu (gloo), cuda or cuda:0 (NCCL). Connections take of its memory: that is taken when this returns.
 
     A collective that not all ranks have come to after `timeout_s` fails: on gloo it raises RuntimeError, on NCCL it
     ends the process. RuntimeError if the ranks do not meet within that time; UsageError, on every rank, if they are not
@@ -46,12 +49,47 @@ def join(member: Member, layout: ParallelLayout, device: str, timeout_s: float) 
         timeout=timeout,
     )
     try:
-        # NCCL connects ranks at their first collective: a device that cannot be reached is to be known now.
-        dist.all_reduce(torch.zeros(1, device=place))
-        return form_groups(layout, timeout)
+        groups = form_groups(layout, timeout)
+        _connect(groups, place)
+        return groups
     except BaseException:
         dist.destroy_process_group()
         raise
+
+
+def _connect(groups: RankGroups, device: torch.device) -> None:
+    """Talk in every group, in the ways in which its ranks will.
+
+    NCCL makes a communicator at its first collective, and the way to a peer at the first message that takes it. Each
+    takes memory of the device, and only then is it known whether the peer can be reached.
+    """
+    x = torch.zeros(1, device=device)
+    for group in groups.groups:
+        dist.all_reduce(x, group=group)
+    for axis in groups.axes:
+        gathered(x, axis, dim=0)
+    for ulysses in (groups.sequence.ulysses, groups.audio.ulysses):
+        heads_for_tokens(torch.zeros(1, ulysses.size, 1, 1, device=device), ulysses)
+    if groups.sequence.ring.size > 1:
+        pass_on(x, groups.sequence.ring).finish()
+    if groups.world.size > 1:
+        _greet_neighbours(x, groups.world)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _greet_neighbours(x: torch.Tensor, axis: Axis) -> None:
+    """A message to and from the ranks before and after this one, as when a picture's rows are shared (`rows.py`)."""
+    moves = []
+    for index in (axis.index - 1, axis.index + 1):
+        if 0 <= index < axis.size:
+            rank = axis.ranks[index]
+            moves += [
+                dist.P2POp(dist.isend, x, rank, axis.group),
+                dist.P2POp(dist.irecv, torch.empty_like(x), rank, axis.group),
+            ]
+    for work in dist.batch_isend_irecv(moves):
+        work.wait()
 
 
 def leave(groups: RankGroups) -> None:
