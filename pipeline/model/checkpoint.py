@@ -145,10 +145,10 @@ class TensorFile:
             raise KeyError(f"{self.path} has no tensor {name}")
         spec = self._specs[name]
         target = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
-        if torch.device(device).type == "cuda" and not region:
+        if torch.device(device).type == "cuda":
             if self._reader is None:
                 self._reader = PinnedReader(self.path, device)
-            return self._reader.read(name, spec).to(target)
+            return self._reader.read(name, spec, region).to(target)
         # What safetensors hands out on the CPU is a window on the mapped file: copy, so that the file may change later.
         tensor = self._file.get_slice(name)[region] if region else self._file.get_tensor(name)
         return tensor.to(device=device, dtype=target, copy=True)

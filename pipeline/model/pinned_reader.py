@@ -3,7 +3,7 @@
 One thread reads a file in the page cache slower than a GPU takes it in, and memory that is not pinned is copied twice.
 Here threads fill a ring of pinned buffers while the device empties those filled before; a tensor larger than a buffer
 goes piece by piece, in the order of the file. Knows where bytes lie, not what they mean: scales of float8 weights, the
-dtypes asked for and what a file must hold are `checkpoint.py`'s.
+dtypes asked for, which region of a tensor belongs here and what a file must hold are `checkpoint.py`'s.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointMismatch
 from pipeline.model.fitting import TensorSpec
+from pipeline.model.share import Region
 
 # Of 8 MiB a thread reads for 2 ms, against which handing it out costs nothing.
 BUFFER_BYTES = 8 << 20
@@ -77,15 +78,27 @@ class PinnedReader:
             self._free.put(_Buffer(buffer_bytes, self._is_pinned))
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
 
-    def read(self, name: str, spec: TensorSpec) -> Tensor:
-        """The tensor as it is stored, in memory of its own; on a GPU it is there for the current stream.
+    def read(self, name: str, spec: TensorSpec, region: Region = ()) -> Tensor:
+        """The tensor as it is stored, or a region of it, in memory of its own; on a GPU for the current stream.
 
-        Every byte has left the file when this returns. CheckpointMismatch if the file ends before the tensor does.
+        Of a region only the rows, which lie together, are read; later dimensions are cut on the device, where the rows
+        are whole until this returns. Every byte has left the file by then. CheckpointMismatch if the file ends before
+        the last one does.
         """
-        num_bytes = math.prod(spec.shape) * spec.dtype.itemsize
+        if not region:
+            return self._read_bytes(name, 0, spec)
+        first, last, _ = region[0].indices(spec.shape[0])
+        rows = TensorSpec((last - first, *spec.shape[1:]), spec.dtype)
+        tensor = self._read_bytes(name, first * math.prod(spec.shape[1:]) * spec.dtype.itemsize, rows)
+        cut = tensor[(slice(None), *region[1:])]
+        return tensor if cut.shape == tensor.shape else cut.clone(memory_format=torch.contiguous_format)
+
+    def _read_bytes(self, name: str, begin: int, spec: TensorSpec) -> Tensor:
+        """What `spec` says, from byte `begin` of the tensor on."""
+        num_bytes, offset = math.prod(spec.shape) * spec.dtype.itemsize, self._begins[name] + begin
         tensor_N = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         stream = torch.cuda.current_stream(self._device) if self._is_pinned else None
-        pieces = list(self._pieces(tensor_N, self._begins[name]))
+        pieces = list(self._pieces(tensor_N, offset))
         if len(pieces) == 1:
             # Most tensors of a model are smaller than a buffer.
             whole = self._copy(*pieces[0], stream)
@@ -95,7 +108,7 @@ class PinnedReader:
             whole = all([read.result() for read in reads])
         if not whole:
             raise CheckpointMismatch(
-                f"{self._path}: {name} must be {num_bytes} bytes from byte {self._begins[name]} on, got a file of "
+                f"{self._path}: {name} must be {num_bytes} bytes from byte {offset} on, got a file of "
                 f"{self._path.stat().st_size} bytes; fetch the file again and compare its hash"
             )
         return tensor_N.view(spec.dtype).view(spec.shape)

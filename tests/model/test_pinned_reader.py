@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import CheckpointMismatch
+from pipeline.model import checkpoint
 from pipeline.model.checkpoint import TensorFile
 from pipeline.model.pinned_reader import PinnedReader, byte_offsets
+from pipeline.model.share import Region
 
 on_gpu = pytest.param(
     "cuda",
@@ -61,6 +63,49 @@ def test_every_byte_arrives(path: Path, device: str, buffer_bytes: int, num_buff
     for _ in range(2):
         got = {name: reader.read(name, spec) for name, spec in specs.items()}
         assert all(same_bits(tensor, expected[name]) for name, tensor in got.items())
+
+
+def regions_of(shape: tuple[int, ...]) -> list[Region]:
+    """Everything, in all its spellings, and parts of every dimension alone and together."""
+    whole = [(slice(None),) * num for num in range(len(shape) + 1)] + [tuple(slice(0, size) for size in shape)]
+    parts = [slice(size // 3, size // 3 * 2) for size in shape]
+    return [
+        *whole,
+        *((*whole[at], parts[at]) for at in range(len(shape))),
+        tuple(parts),
+        *([(slice(0, 1),), (slice(-1, None),)] if shape else []),
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", on_gpu])
+@pytest.mark.parametrize("buffer_bytes", [100, 1 << 20])
+def test_every_byte_of_a_region_arrives_in_memory_of_its_own(path: Path, device: str, buffer_bytes: int) -> None:
+    specs, expected = TensorFile(path).tensor_specs(), load_file(path)
+    reader = PinnedReader(path, device, buffer_bytes=buffer_bytes, num_buffers=2, num_threads=2)
+    for name, spec in specs.items():
+        for region in regions_of(spec.shape):
+            got = reader.read(name, spec, region)
+            assert same_bits(got, expected[name][region].contiguous()), (name, region)
+            assert got.is_contiguous() and got.untyped_storage().nbytes() == got.nbytes, (name, region)
+
+
+def test_rows_are_read_without_those_around_them(path: Path) -> None:
+    spec, expected = TensorFile(path).tensor_specs()["large"], load_file(path)["large"].clone()
+    reader = PinnedReader(path, "cpu", buffer_bytes=512, num_buffers=3, num_threads=2)
+    begin, row = byte_offsets(path)["large"], 77 * 4
+    with path.open("r+b") as file:
+        file.truncate(begin + 200 * row)
+    assert same_bits(reader.read("large", spec, (slice(100, 200),)), expected[100:200])
+    with pytest.raises(CheckpointMismatch, match=f"large must be {101 * row} bytes from byte {begin + 100 * row} on"):
+        reader.read("large", spec, (slice(100, 201), slice(0, 7)))
+
+
+def test_regions_for_a_gpu_go_through_its_reader(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PinnedReader", lambda path, device: PinnedReader(path, "cpu"))
+    file, expected = TensorFile(path), load_file(path)
+    for region in ((slice(None), slice(None)), (slice(4, 9),), (slice(None), slice(7, 48))):
+        for name in ("large", "layer.weight"):
+            assert same_bits(file.read_stored(name, "cuda", region=region), expected[name][region].contiguous())
 
 
 def test_tensors_are_named_in_the_order_in_which_they_lie(path: Path) -> None:
