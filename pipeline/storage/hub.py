@@ -7,7 +7,6 @@ goes on.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError, StorageFull, StorageUnavailable, UsageError
 from pipeline.storage.filesystem import FULL_DISK_ERRNOS, filesystem_of, storage_error
-from pipeline.storage.models import LOCK, UNFINISHED
+from pipeline.storage.models import UNFINISHED, alone_in
 
 # Bytes asked for at once: large enough that neither a request's latency nor the hub's limit on requests counts, small
 # enough to lose and to hold.
@@ -210,19 +209,17 @@ def _sidecar_hashes(fs: Any, path: str) -> dict[str, str]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: of two processes that stage the same model, the second finds it there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
-    except OSError as error:
-        if error.errno in FULL_DISK_ERRNOS:
-            raise storage_error(error, f"making {folder}") from error
-        raise UsageError(
-            f"model.folder must be writable to fetch into it, got {folder} ({error.strerror}); choose another with "
-            "model.folder="
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """`alone_in` the folder: of two processes that stage the same model, the second finds it there."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone_in(folder))
+        except OSError as error:
+            if error.errno in FULL_DISK_ERRNOS:
+                raise storage_error(error, f"making {folder}") from error
+            raise UsageError(
+                f"model.folder must be writable to fetch into it, got {folder} ({error.strerror}); choose another with "
+                "model.folder="
+            ) from error
         yield
 
 

@@ -5,13 +5,14 @@ At the start of a job only sizes are compared, so a 43 GB checkpoint costs nothi
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,20 +127,42 @@ def staged_hashes(folder: str, model: str) -> dict[str, str]:
 
 
 def local_copy(folder: str, model: str, cache: Path) -> Path:
-    """The model's folder on this machine: itself, or a copy in `cache` that is fetched once and checked by hash."""
+    """The model's folder on this machine: itself, or a copy in `cache` that is fetched once and checked by hash.
+
+    Workers of a machine that ask for it at the same time fetch it once, and wait for it together.
+    """
     if is_local(folder):
         return local_path(folder)
     sidecar = _sidecar(folder, model)
     target = cache.expanduser() / str(sidecar["fingerprint"])[:16]
     sweep_parts(target)
-    for name, facts in sidecar["files"].items():
-        path = target / name
-        # What lies outside the model's folder is never fetched: it was found here, in its size, with the sidecar.
-        if Path(name).is_absolute() or (path.is_file() and path.stat().st_size == facts["size_bytes"]):
-            continue
-        complaint = "must be the file that was staged, got another; stage the model again"
-        fetch_checked(join(folder, name), path, facts["sha256"], complaint)
+    try:
+        if _absent(target, sidecar["files"]):
+            with alone_in(target):
+                for name, facts in _absent(target, sidecar["files"]).items():
+                    complaint = "must be the file that was staged, got another; stage the model again"
+                    fetch_checked(join(folder, name), target / name, facts["sha256"], complaint)
+    except OSError as error:
+        raise storage_error(error, f"fetching into {target}") from error
     return target
+
+
+def _absent(target: Path, files: Files) -> Files:
+    """Those that are not in `target` in their size, but for what lies outside the model's folder.
+
+    That is never fetched: it was found here, in its size, with the sidecar.
+    """
+    own = {name: facts for name, facts in files.items() if not Path(name).is_absolute()}
+    return {name: own[name] for name in _changed(str(target), own)}
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: of processes that fetch the same into it, all but one find it there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def fetch_checked(uri: str, path: Path, sha256: str, complaint: str) -> None:

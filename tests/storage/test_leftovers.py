@@ -6,14 +6,19 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from pipeline.storage import models
 from pipeline.storage.adapters import local_adapter
-from pipeline.storage.models import PART_PREFIX, local_copy, stage
+from pipeline.storage.models import PART_PREFIX, fetch_checked, local_copy, stage
 from pipeline.storage.object_store import SCRATCH_PREFIX, ObjectStore
 from pipeline.storage.processes import start_ticks, writer, writer_is_gone
 
@@ -69,6 +74,27 @@ def test_parts_of_a_killed_fetch_of_a_model_are_removed_by_the_next(bucket: str,
     assert local_copy(f"{bucket}/m", "m", tmp_path / "cache") == target
     assert (target / "weights").read_bytes() == b"weights"
     assert {name: (target / f"{PART_PREFIX}{name}").exists() for name in parts} == parts
+
+
+def test_workers_of_a_machine_fetch_a_model_once(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "weights").write_bytes(b"weights")
+    stage(source, "m", {"weights": "weights"}, {}, {})
+    fsspec.filesystem("s3").put(f"{source}/", f"{bucket}/m/", recursive=True)
+    both_fetch, fetched = threading.Barrier(2), []
+
+    def fetch(uri: str, *given: Any) -> None:
+        fetched.append(uri)
+        with suppress(threading.BrokenBarrierError):
+            both_fetch.wait(1.0)
+        fetch_checked(uri, *given)
+
+    monkeypatch.setattr(models, "fetch_checked", fetch)
+    with ThreadPoolExecutor(2) as workers:
+        copies = list(workers.map(lambda _: local_copy(f"{bucket}/m", "m", tmp_path / "cache"), range(2)))
+    assert fetched == [f"{bucket}/m/weights"]
+    assert copies[0] == copies[1] and (copies[0] / "weights").read_bytes() == b"weights"
 
 
 def test_parts_of_a_killed_fetch_of_an_adapter_are_removed_by_the_next(bucket: str, dead: str, tmp_path: Path) -> None:
