@@ -104,7 +104,8 @@ def _load(
     assert isinstance(engine.denoiser, AudioVideoDenoiser), "it was just loaded"
     spread = engine.denoiser
     denoiser = SequenceParallelDenoiser(spread, groups, ops.attention_with_lse) if groups.tokens.size > 1 else spread
-    return replace(engine, denoiser=denoiser, spread=SpreadPasses(groups.guidance))
+    spread_passes = SpreadPasses(groups.guidance)
+    return replace(engine, denoiser=denoiser, spread=spread_passes, hands_out_frames=groups.is_leader)
 
 
 def _limit_gpu_memory(limit_gb: float, device: str) -> None:

@@ -11,6 +11,7 @@ Shapes: B batch, C channels, F frames, H height, W width, T time, M mel bins, N 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -32,6 +33,20 @@ CHUNK_LATENT_FRAMES = 2
 SMALL_CHUNK_LATENT_FRAMES = 1
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """How frames leave the device: those of so many latent frames at a time, the last time fewer.
+
+    Without `with_planes` they stay there: what is handed out counts them and has no rows.
+    """
+
+    chunk_latent_frames: int = CHUNK_LATENT_FRAMES
+    with_planes: bool = True
+
+
+DELIVERED = Delivery()
+
+
 def decode_frames(
     decoder: VideoDecoder,
     latent_BCFHW: Tensor,
@@ -40,28 +55,30 @@ def decode_frames(
     tiles: Tiles | None = None,
     noise: DecodeNoise | None = None,
     resize: bool = False,
-    chunk_latent_frames: int = CHUNK_LATENT_FRAMES,
+    delivery: Delivery = DELIVERED,
 ) -> Iterator[YuvFrames]:
     """Chunks of frames in order, of the asked size. Nothing is decoded before the first is taken.
 
     `noise` is for decoders that take it (`VideoDecoder.decode`), `resize` brings pictures of another size to the
-    rendered one, `tiles` change what lies near their seams. A chunk has the frames of `chunk_latent_frames`, the last
-    one fewer; its length changes no bit. EngineFault if the decoder gives another number of frames, without `resize`
-    another size, or pixels that are not finite.
+    rendered one, `tiles` change what lies near their seams. `delivery` changes no bit of a frame, and not what is found
+    wrong: EngineFault if the decoder gives another number of frames, without `resize` another size, or pixels that are
+    not finite.
     """
     rendered, asked = shape.rendered, shape.asked
     top, left, num_frames = shape.crop_top_px, shape.crop_left_px, 0
     to_host, arrive = _ToHost(latent_BCFHW.device), None
-    for video_CFHW in _chunks(decoder, latent_BCFHW, tiles, noise, chunk_latent_frames * TEMPORAL_CELL_FRAMES):
+    size = delivery.chunk_latent_frames * TEMPORAL_CELL_FRAMES
+    for video_CFHW in _chunks(decoder, latent_BCFHW, tiles, noise, size):
         if resize:
             video_CFHW = _resized(video_CFHW, rendered)
         num_frames += video_CFHW.shape[1]
         _require_shape(video_CFHW, num_frames, rendered)
         with torch.inference_mode():
             cropped_CFHW = video_CFHW[:, :, top : top + asked.height, left : left + asked.width]
-            leaving = to_host.send(*decoder.ops.rgb_to_yuv420(cropped_CFHW))
+            planes_FRW, num_wrong = decoder.ops.rgb_to_yuv420(cropped_CFHW)
+            leaving = to_host.send(planes_FRW if delivery.with_planes else planes_FRW[:, :0], num_wrong)
         # Not kept while the next chunk is decoded.
-        del video_CFHW, cropped_CFHW
+        del video_CFHW, cropped_CFHW, planes_FRW
         if arrive is not None:
             yield arrive()
         arrive = leaving

@@ -24,6 +24,7 @@ from pipeline.engine.conditions import HeldPicture, append_tokens, drop_appended
 from pipeline.engine.decode import (
     CHUNK_LATENT_FRAMES,
     SMALL_CHUNK_LATENT_FRAMES,
+    Delivery,
     decode_frames,
     decode_waveform,
 )
@@ -126,6 +127,8 @@ class RenderEngine:
     shortcuts: Shortcuts = NO_SHORTCUTS
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
+    # If not, frames are decoded, checked and counted, and their pictures stay on the device: others take theirs.
+    hands_out_frames: bool = True
 
     def render(
         self,
@@ -277,7 +280,7 @@ class RenderEngine:
             shape,
             noise=noise,
             resize=recipe.resize,
-            chunk_latent_frames=chunk_latent_frames,
+            delivery=Delivery(chunk_latent_frames, self.hands_out_frames),
         )
         num_done, num_frames = 0, shape.asked.num_frames
         with _memory_reported(_size_of(shape)), self.residency.using(VIDEO_DECODER):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from kernels.ops import reference_ops
+from pipeline.assembly import worker_side
 from pipeline.config.model import DenoiserSize, ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.engine import loading
@@ -47,8 +50,9 @@ def render(groups: RankGroups | None, model: ModelConfig) -> tuple[np.ndarray, n
     return planes_of(clip.frames), np.asarray(clip.waveform), planned_bytes
 
 
-def test_engines_with_a_share_each_render_the_clip_of_one(ranks: Ranks, model: Callable[[str], Path]) -> None:
-    nano: Any = ModelConfig(
+@pytest.fixture
+def nano(model: Callable[[str], Path]) -> Any:
+    return ModelConfig(
         folder=str(model("nano").parent),
         checkpoint=CHECKPOINT,
         text_encoder=TEXT_ENCODER,
@@ -56,6 +60,9 @@ def test_engines_with_a_share_each_render_the_clip_of_one(ranks: Ranks, model: C
         adapters={"distilled": DISTILLED_ADAPTER},
         size=DenoiserSize(2, 64, 32, 128, num_heads=4, num_audio_heads=4),
     )
+
+
+def test_engines_with_a_share_each_render_the_clip_of_one(ranks: Ranks, nano: ModelConfig) -> None:
     frames, waveform, whole_bytes = render(None, nano)
     for answer in ranks.run("tensor2", render, nano):
         assert not isinstance(answer, Raised), answer
@@ -65,3 +72,14 @@ def test_engines_with_a_share_each_render_the_clip_of_one(ranks: Ranks, model: C
         assert difference.max() <= 1 and difference.mean() <= 0.01
         assert np.abs(got_waveform - waveform).max() <= 1e-3 * np.abs(waveform).max()
         assert planned_bytes < 0.8 * whole_bytes
+
+
+def hands_out_frames(groups: RankGroups, model: ModelConfig) -> bool:
+    cluster = SimpleNamespace(gpu_memory_limit_gb=None)
+    job = SimpleNamespace(model=model, precision=PrecisionConfig(torch_threads=1), cluster=cluster)
+    brief: Any = SimpleNamespace(job=job, device="cpu")
+    return worker_side._load(brief, groups.layout, groups).hands_out_frames
+
+
+def test_only_the_rank_that_leads_brings_pictures_to_the_host(ranks: Ranks, nano: ModelConfig) -> None:
+    assert ranks.run("ulysses2", hands_out_frames, nano) == [True, False]

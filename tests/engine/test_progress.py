@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,17 @@ def test_every_step_is_told_once_it_is_done_and_chunks_before_and_after(engine, 
     list(streams.frames)
     chunk = 8 * CHUNK_LATENT_FRAMES
     assert told == [*before_frames, ("decode", 0, 25), ("decode", chunk, 25), ("decode", 25, 25)]
+
+
+def test_an_engine_whose_frames_nobody_takes_tells_the_same_steps(engine, request_for, recipe):
+    told = {True: [], False: []}
+    for hands_out, steps in told.items():
+        one_of_a_gang = replace(engine, hands_out_frames=hands_out)
+        clip = one_of_a_gang.render(
+            request_for(num_frames=25), recipe, ignore, on_step=lambda *step, told=steps: told.append(step)
+        )
+        assert [bool(frames.nbytes) for frames in clip.frames] == [hands_out] * 2
+    assert told[True] == told[False]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

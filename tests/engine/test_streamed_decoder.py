@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.engine.components.streamed_decoder import Manner, can_stream
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, load_video_decoder, video_decoder_blueprint
-from pipeline.engine.decode import decode_frames
+from pipeline.engine.decode import Delivery, decode_frames
 from pipeline.engine.nano import CHECKPOINT
+from pipeline.errors import EngineFault
 from pipeline.geometry import PixelShape, render_shape
 from pipeline.model.checkpoint import CheckpointFile
 from tests.engine.live_tensors import LiveTensors
@@ -198,13 +199,28 @@ def test_chunks_of_every_length_have_the_same_bytes(decoder, name, num_frames):
     vae, latent = decoder(name), latent_of(num_frames, 2, 3)
     shape = render_shape(PixelShape(8 * num_frames - 7, 64, 90, 24.0), 32)
     of_length = {
-        length: list(decode_frames(vae, latent, shape, noise=noise_for(vae), chunk_latent_frames=length))
+        length: list(decode_frames(vae, latent, shape, noise=noise_for(vae), delivery=Delivery(length)))
         for length in (1, 2, 3, 100)
     }
     assert len(of_length[100]) == 1 and of_length[100][0].planes.shape == (8 * num_frames - 7, 64 * 3 // 2, 90)
     for length, chunks in of_length.items():
         assert all(chunk.num_frames == 8 * length for chunk in chunks[:-1])
         assert np.array_equal(planes_of(chunks), of_length[100][0].planes)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_frames_that_nobody_takes_are_counted_and_checked_like_all_others(decoder, length):
+    vae, latent = decoder("nano"), latent_of(5, 2, 3)
+    shape = render_shape(PixelShape(33, 64, 90, 24.0), 32)
+    taken, left = (
+        list(decode_frames(vae, latent, shape, delivery=Delivery(length, with_planes=wanted)))
+        for wanted in (True, False)
+    )
+    assert [chunk.num_frames for chunk in left] == [chunk.num_frames for chunk in taken]
+    assert all(chunk.nbytes for chunk in taken) and not any(chunk.nbytes for chunk in left)
+    latent[:, :, 3] = float("nan")
+    with pytest.raises(EngineFault, match="pixels that are not finite"):
+        list(decode_frames(vae, latent, shape, delivery=Delivery(length, with_planes=False)))
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -260,7 +276,7 @@ def test_memory_grows_with_the_chunk(decoder):
     shape = render_shape(PixelShape(257, 128, 128, 24.0), 32)
 
     def drain(length):
-        for _ in decode_frames(vae, latent, shape, chunk_latent_frames=length):
+        for _ in decode_frames(vae, latent, shape, delivery=Delivery(length)):
             pass
 
     one, two, sixteen = (peak_bytes(lambda n=n: drain(n)) for n in (1, 2, 16))
