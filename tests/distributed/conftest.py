@@ -25,6 +25,14 @@ def ranks() -> Iterator[Ranks]:
     ranks.stop()
 
 
+@pytest.fixture(scope="module")
+def gpu_ranks() -> Iterator[Ranks]:
+    """As many as there are GPUs, up to four; see `require_gpus`."""
+    ranks = Ranks(min(4, torch.cuda.device_count()), "cuda")
+    yield ranks
+    ranks.stop()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_no_gradients() -> Iterator[None]:
     torch.set_num_threads(1)

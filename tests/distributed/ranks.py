@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -77,6 +78,13 @@ class Ranks:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             _send(pipe, None)
             process.join(10)
+
+
+def require_gpus(layout: str) -> None:
+    """Skip the test where there are too few for the layout."""
+    num_gpus = ParallelLayout.named(layout).num_gpus
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"{layout} needs {num_gpus} GPUs of one host, got {torch.cuda.device_count()}")
 
 
 def serve(pipe: Connection, device: str) -> None:

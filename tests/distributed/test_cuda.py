@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,8 +15,7 @@ from kernels.ops import device_ops
 from pipeline.parallel.layout import RankGroups
 from pipeline.parallel.sequence import SequenceParallelDenoiser
 from pipeline.parallel.xfuser_usp import xfuser_usp
-from pipeline.records.parallel import ParallelLayout
-from tests.distributed.ranks import Call, Raised, Ranks, loaded
+from tests.distributed.ranks import Call, Raised, Ranks, loaded, require_gpus
 from tests.model.test_fused import moved
 
 # Of the velocities' directions, in bfloat16 against float32 on one rank.
@@ -44,13 +43,6 @@ def test_cudnn_tells_the_log_sum_exp_of_the_reference(
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0.01)
 
 
-@pytest.fixture(scope="module")
-def gpu_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(min(4, torch.cuda.device_count()), "cuda")
-    yield ranks
-    ranks.stop()
-
-
 def velocities_on_gpu(groups: RankGroups, call: Call, with_xfuser: bool) -> tuple[Tensor, Tensor]:
     denoiser = copy.deepcopy(loaded(call.model)).to("cuda", torch.bfloat16)
     even = xfuser_usp(groups.layout) if with_xfuser else None
@@ -73,7 +65,7 @@ def _assert_as_on_one(answers: list[tuple[Tensor, Tensor]], call: Call) -> None:
 def test_ranks_on_gpus_have_the_velocities_of_one(
     layout: str, num_tokens: int, gpu_ranks: Ranks, call: Callable[..., Call]
 ) -> None:
-    _require(layout)
+    require_gpus(layout)
     given = call("dit_ltx2_0/case_t2v", num_tokens)
     _assert_as_on_one(gpu_ranks.run(layout, velocities_on_gpu, given, False, timeout_s=60.0), given)
 
@@ -81,16 +73,10 @@ def test_ranks_on_gpus_have_the_velocities_of_one(
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("layout", ["ulysses2", "ring2"])
 def test_xfuser_exchanges_to_the_same_velocities(layout: str, call: Callable[..., Call]) -> None:
-    _require(layout)
+    require_gpus(layout)
     pytest.importorskip("xfuser", reason="xfuser is not installed")
     given = call("dit_ltx2_0/case_t2v")
     # Its globals are made once a process, for one layout.
     ranks = Ranks(2, "cuda")
     _assert_as_on_one(ranks.run(layout, velocities_on_gpu, given, True, timeout_s=60.0), given)
     ranks.stop()
-
-
-def _require(layout: str) -> None:
-    num_gpus = ParallelLayout.named(layout).num_gpus
-    if torch.cuda.device_count() < num_gpus:
-        pytest.skip(f"{layout} needs {num_gpus} GPUs of one host, got {torch.cuda.device_count()}")

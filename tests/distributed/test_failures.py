@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -53,7 +54,8 @@ def test_a_rank_that_raises_in_a_step_makes_all_raise(layout: str, ranks: Ranks,
     assert all(isinstance(answer, Raised) for answer in answers)
     assert (answers[FAILING].error, answers[FAILING].message) == ("ValueError", "this rank has had enough")
     for answer in answers[:FAILING] + answers[FAILING + 1 :]:
-        assert answer.error == "RuntimeError" and "Connection closed by peer" in answer.message
+        # Reset, where it closed before it had read what others sent.
+        assert answer.error == "RuntimeError" and re.search("Connection (closed|reset) by peer", answer.message)
         assert answer.after_s < TIMEOUT_S / 3, "they noticed, and did not wait for their timeout"
 
 

@@ -1,4 +1,4 @@
-"""Several ranks decode a picture by rows, over gloo: no seams, in any number of parts, even or not."""
+"""Several ranks decode a picture by rows, over gloo or NCCL: no seams, in any number of parts, even or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, load
 from pipeline.model.checkpoint import CheckpointFile
 from pipeline.parallel.layout import RankGroups
 from pipeline.parallel.rows import share_rows
-from tests.distributed.ranks import Raised, Ranks
+from tests.distributed.ranks import Raised, Ranks, require_gpus
 
 LATENT_CHANNELS = 16
 BOUND = 1e-12
@@ -23,18 +23,28 @@ BOUND = 1e-12
 MODELS = ["vae_ltx2_0", "vae_ltx2_3", "vae_ltxv_0_9_8", "nano"]
 
 
-def pixels(groups: RankGroups | None, path: Path, latent_BCFHW: Tensor, frames: int) -> Tensor:
-    decoder = load_video_decoder(CheckpointFile(path), device="cpu", dtype=None)
+def pixels(groups: RankGroups | None, path: Path, latent_BCFHW: Tensor, frames: int, device: str = "cpu") -> Tensor:
+    decoder = load_video_decoder(CheckpointFile(path), device=device, dtype=None)
     # A norm over channels that are nearly all 0 makes much of a rounding in float32 (8e-5 of scale was seen).
     decoder.module.double()
     decoder.manner = Manner(frames)
     if groups is not None:
         decoder.share_rows = partial(share_rows, axis=groups.world)
-    return torch.cat(list(decoder.stream(latent_BCFHW, noise=_noise_for(decoder))), dim=2)
+    return torch.cat(list(decoder.stream(latent_BCFHW.to(device), noise=_noise_for(decoder))), dim=2).cpu()
 
 
 def _noise_for(decoder: VideoDecoder) -> DecodeNoise | None:
     return DecodeNoise(0.05) if decoder.takes_noise else None
+
+
+def latent_of(num_rows: int) -> Tensor:
+    return torch.randn(1, LATENT_CHANNELS, 3, num_rows, 3, generator=torch.Generator().manual_seed(1))
+
+
+def assert_pixels_of_one(answers: list[Tensor], wanted: Tensor) -> None:
+    for answer in answers:
+        assert not isinstance(answer, Raised), answer
+        assert float((answer - wanted).abs().max() / wanted.abs().max()) < BOUND
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -44,11 +54,22 @@ def _noise_for(decoder: VideoDecoder) -> DecodeNoise | None:
 def test_every_rank_has_the_pixels_of_one(
     ranks: Ranks, model: Callable[[str], Path], name: str, layout: str, num_rows: int, frames: int
 ) -> None:
-    latent_BCFHW = torch.randn(1, LATENT_CHANNELS, 3, num_rows, 3, generator=torch.Generator().manual_seed(1))
-    wanted = pixels(None, model(name), latent_BCFHW, frames)
-    for answer in ranks.run(layout, pixels, model(name), latent_BCFHW, frames):
-        assert not isinstance(answer, Raised), answer
-        assert float((answer - wanted).abs().max() / wanted.abs().max()) < BOUND
+    latent_BCFHW = latent_of(num_rows)
+    answers = ranks.run(layout, pixels, model(name), latent_BCFHW, frames)
+    assert_pixels_of_one(answers, pixels(None, model(name), latent_BCFHW, frames))
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("layout", "num_rows", "frames"), [("ulysses2", 5, 1), ("ring2_ulysses2", 11, 8)])
+def test_every_rank_on_a_gpu_has_the_pixels_of_one(
+    gpu_ranks: Ranks, model: Callable[[str], Path], name: str, layout: str, num_rows: int, frames: int
+) -> None:
+    require_gpus(layout)
+    latent_BCFHW = latent_of(num_rows)
+    answers = gpu_ranks.run(layout, pixels, model(name), latent_BCFHW, frames, "cuda", timeout_s=60.0)
+    # In float64 there too, where no GPU has a shorter way to round.
+    assert_pixels_of_one(answers, pixels(None, model(name), latent_BCFHW, frames))
 
 
 def share_of(groups: RankGroups, num_rows: int) -> tuple[int, ...] | None:
