@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kernels.ops import reference_ops
+from pipeline.accord import alone
 from pipeline.assembly import worker_side
 from pipeline.config.model import DenoiserSize, ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, StageConfig
@@ -78,7 +79,7 @@ def hands_out_frames(groups: RankGroups, model: ModelConfig) -> bool:
     cluster = SimpleNamespace(gpu_memory_limit_gb=None)
     job = SimpleNamespace(model=model, precision=PrecisionConfig(torch_threads=1), cluster=cluster)
     brief: Any = SimpleNamespace(job=job, device="cpu")
-    return worker_side._load(brief, groups.layout, groups).hands_out_frames
+    return worker_side._load(brief, groups.layout, groups, alone).hands_out_frames
 
 
 def test_only_the_rank_that_leads_brings_pictures_to_the_host(ranks: Ranks, nano: ModelConfig) -> None:
