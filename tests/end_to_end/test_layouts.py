@@ -12,6 +12,8 @@ import pytest
 from tests.end_to_end.checker import check_output, results_of, runs_of
 from tests.end_to_end.conftest import Site, on_disk, run_command, small_rows
 
+pytestmark = pytest.mark.ray
+
 NUM_ROWS = 3
 # Of 255: sums are taken in another order, and the encoder may turn a rounding into a step.
 FRAME_TOLERANCE = 0.5
