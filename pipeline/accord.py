@@ -6,7 +6,8 @@ within a step is the cluster's business (`cluster/agreement.py`): ranks that wai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pipeline.errors import Cancelled, EngineFault
 
@@ -49,6 +50,15 @@ class Accord:
     def leave(self) -> None:
         """Give a started item up where the others vote next: not within a step."""
         self._consent(CANCELLED)
+
+    @contextmanager
+    def leaving_if_raised(self) -> Iterator[None]:
+        """Within is what this rank alone does between the others' votes: it leaves for whatever is raised there."""
+        try:
+            yield
+        except Exception:
+            self.leave()
+            raise
 
     def refuse(self, vote: int) -> None:
         """Let the others not wait for an item that this rank will not start. No effect once it has."""

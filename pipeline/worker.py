@@ -110,8 +110,9 @@ class ClipWorker:
                 return
             self.take_peak_gpu_bytes()
             streams = self.renderer.start(assignment, accord)
-            self._await_turn(attempt, accord)
-            self._start_finishing(attempt, streams, buffer, accord)
+            with accord.leaving_if_raised():
+                self._await_turn(attempt)
+                self._start_finishing(attempt, streams, buffer)
             has_finisher = True
             self._decode(attempt, streams, buffer, accord)
         except DeviceBroken:
@@ -150,47 +151,37 @@ class ClipWorker:
             adopted_attempt=standing["attempt"],
         )
 
-    def _await_turn(self, attempt: Attempt, accord: Accord) -> None:
+    def _await_turn(self, attempt: Attempt) -> None:
         """Wait until the clip before is finished."""
-        if self._finishing.acquire(blocking=False):
-            return
-        try:
+        if not self._finishing.acquire(blocking=False):
             attempt.enter("wait")
             while not self._finishing.acquire(timeout=BEAT_EVERY_S):
                 attempt.assignment.beat("wait")
-        except Cancelled:
-            accord.leave()
-            raise
-        try:
-            attempt.enter("decode")
-        except Cancelled:
-            self._finishing.release()
-            accord.leave()
-            raise
+            try:
+                attempt.enter("decode")
+            except Cancelled:
+                self._finishing.release()
+                raise
 
-    def _start_finishing(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer, accord: Accord) -> None:
+    def _start_finishing(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer) -> None:
         # With what this thread's log lines are about.
         finish = partial(copy_context().run, self._finish, attempt, streams, buffer)
         try:
             threading.Thread(target=finish, name="finish", daemon=True).start()
         except RuntimeError:  # the machine has no thread left
             self._finishing.release()
-            accord.leave()
             raise
 
     def _decode(self, attempt: Attempt, streams: Streams, buffer: FrameBuffer, accord: Accord) -> None:
         with closing(streams.frames):
             for chunk in streams.frames:
-                try:
+                with accord.leaving_if_raised():
                     while not buffer.put(chunk, BEAT_EVERY_S):
                         # The encoder shows signs of life, if it lives.
                         attempt.book("wait")
                     if buffer.has_reader:
                         attempt.enter("decode")
                         continue
-                except Cancelled:
-                    accord.leave()
-                    raise
                 accord.leave()
                 return
 

@@ -83,6 +83,28 @@ def pass_on(x: Tensor, ring: Axis) -> Passing:
     return Passing(x, received, dist.batch_isend_irecv(moves))
 
 
+def swapped_with_neighbours(to_before: Tensor, to_after: Tensor, axis: Axis) -> tuple[Tensor | None, Tensor | None]:
+    """What the rank before this one sends after it, and the one after it before it; None where there is no such rank.
+
+    Unlike in a ring, the first rank has none before it, nor the last one after it.
+    """
+    received: list[Tensor | None] = []
+    moves = []
+    for x, index in ((to_before, axis.index - 1), (to_after, axis.index + 1)):
+        if not 0 <= index < axis.size:
+            received.append(None)
+            continue
+        sent = x.contiguous()
+        into = torch.empty_like(sent)
+        received.append(into)
+        rank = axis.ranks[index]
+        moves += [dist.P2POp(dist.isend, sent, rank, axis.group), dist.P2POp(dist.irecv, into, rank, axis.group)]
+    for work in dist.batch_isend_irecv(moves) if moves else ():
+        work.wait()
+    before, after = received
+    return before, after
+
+
 def broadcast(tensors: Sequence[Tensor | None] | None, axis: Axis, device: str) -> list[Tensor | None]:
     """What the first rank of the axis has, on every rank; the others give None, as they need not know the shapes."""
     given = list(tensors or ())

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.parallel.collectives import gathered
+from pipeline.parallel.collectives import gathered, swapped_with_neighbours
 from pipeline.parallel.layout import Axis
 from pipeline.parallel.shards import padded
 from pipeline.records.parallel import MIN_DECODE_ROWS
@@ -34,26 +33,7 @@ class RankRows:
 
     def neighbours(self, rows_BCFHW: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
         """The `count` rows above this rank's and below them; None at the picture's edge."""
-        edges = rows_BCFHW[..., :count, :], rows_BCFHW[..., -count:, :]
-        beside = self.axis.index - 1, self.axis.index + 1
-        received: list[Tensor | None] = []
-        moves = []
-        for edge, index in zip(edges, beside, strict=True):
-            if not 0 <= index < self.axis.size:
-                received.append(None)
-                continue
-            sent = edge.contiguous()
-            into = torch.empty_like(sent)
-            received.append(into)
-            rank = self.axis.ranks[index]
-            moves += [
-                dist.P2POp(dist.isend, sent, rank, self.axis.group),
-                dist.P2POp(dist.irecv, into, rank, self.axis.group),
-            ]
-        for work in dist.batch_isend_irecv(moves):
-            work.wait()
-        above, below = received
-        return above, below
+        return swapped_with_neighbours(rows_BCFHW[..., :count, :], rows_BCFHW[..., -count:, :], self.axis)
 
     def whole(self, frame_B3FHW: Tensor) -> Tensor:
         """The frame, on every rank."""

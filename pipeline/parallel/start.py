@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.parallel.collectives import gathered, heads_for_tokens, pass_on
-from pipeline.parallel.layout import Axis, RankGroups, form_groups
+from pipeline.parallel.collectives import gathered, heads_for_tokens, pass_on, swapped_with_neighbours
+from pipeline.parallel.layout import RankGroups, form_groups
 from pipeline.records.gang import Member
 from pipeline.records.parallel import ParallelLayout
 
@@ -72,24 +72,10 @@ def _connect(groups: RankGroups, device: torch.device) -> None:
         heads_for_tokens(torch.zeros(1, ulysses.size, 1, 1, device=device), ulysses)
     if groups.sequence.ring.size > 1:
         pass_on(x, groups.sequence.ring).finish()
-    if groups.world.size > 1:
-        _greet_neighbours(x, groups.world)
+    # As when a picture's rows are shared (`rows.py`).
+    swapped_with_neighbours(x, x, groups.world)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _greet_neighbours(x: torch.Tensor, axis: Axis) -> None:
-    """A message to and from the ranks before and after this one, as when a picture's rows are shared (`rows.py`)."""
-    moves = []
-    for index in (axis.index - 1, axis.index + 1):
-        if 0 <= index < axis.size:
-            rank = axis.ranks[index]
-            moves += [
-                dist.P2POp(dist.isend, x, rank, axis.group),
-                dist.P2POp(dist.irecv, torch.empty_like(x), rank, axis.group),
-            ]
-    for work in dist.batch_isend_irecv(moves):
-        work.wait()
 
 
 def leave(groups: RankGroups) -> None:
