@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config.model import DenoiserSize, PrecisionConfig
+from pipeline.config.model import DenoiserSize
 from pipeline.config.recipe import RecipeConfig
 from pipeline.planning.estimate import Estimator
 from pipeline.planning.memory import bytes_on_a_gpu
@@ -48,15 +48,13 @@ class Menu:
     layouts: tuple[ParallelLayout, ...] = (ONE_GPU,)
     card_bytes: float | None = None
 
-    def offers(
-        self, request: RenderRequest, recipe: RecipeConfig, estimator: Estimator, precision: PrecisionConfig
-    ) -> tuple[Offer, ...]:
+    def offers(self, request: RenderRequest, recipe: RecipeConfig, estimator: Estimator) -> tuple[Offer, ...]:
         """For each number of GPUs the layout that the clip fits: of several those that split weights least, of these
         the fastest. If it fits none, the one that takes least memory."""
         if len(self.layouts) == 1:
             (layout,) = self.layouts
             return (Offer(layout, estimator.estimate(request, recipe, layout)),)
-        size = estimator.size
+        size, precision = estimator.size, estimator.precision
         most_passes = recipe.max_passes(has_audio=size.has_audio)
         layouts = [layout for layout in self.layouts if layout.guidance <= most_passes]
         offers = []

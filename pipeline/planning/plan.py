@@ -99,7 +99,7 @@ class Planner:
             precision=precision_content(self.precision),
             model=model_content(self.model, self.fingerprint),
         )
-        return stem, self.menu.offers(request, recipe, self.estimator, self.precision)
+        return stem, self.menu.offers(request, recipe, self.estimator)
 
     def plan(
         self,

@@ -20,7 +20,7 @@ import pytest
 from pipeline.cluster.driver import Driver
 from pipeline.cluster.ending import Ending, StopRequest
 from pipeline.cluster.progress import Counts, Progress
-from pipeline.config.model import DenoiserSize, PrecisionConfig
+from pipeline.config.model import DenoiserSize
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.estimate import Estimator
@@ -56,7 +56,7 @@ def items(clips: Sequence[Clip], num_gpus: int, card_gb: float | None = None) ->
         width, height, num_frames = clip
         request = parse(index, width=width, height=height, num_frames=num_frames)
         if clip not in offers:
-            offers[clip] = menu.offers(request, RECIPE, ESTIMATOR, PrecisionConfig())
+            offers[clip] = menu.offers(request, RECIPE, ESTIMATOR)
         first = next(offer for offer in offers[clip] if not offer.misfit)
         work = WorkItem(request, f"{index:064d}", first.estimate, layout=first.layout, offers=offers[clip])
         made.append(work)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from decimal import Decimal
 
 from pipeline.config.guidance import GuidanceConfig, StreamGuidance
-from pipeline.config.model import DenoiserSize, PrecisionConfig
+from pipeline.config.model import DenoiserSize
 from pipeline.config.recipe import RecipeConfig, StageConfig
 from pipeline.cost.pricing import UnitPrice
 from pipeline.planning.estimate import Estimator
@@ -15,7 +15,7 @@ from pipeline.planning.spread import Machine
 from pipeline.records.work import Offer
 from tests.unit.makers import parse
 
-FULL, EXACT = DenoiserSize(), PrecisionConfig()
+FULL = DenoiserSize()
 ESTIMATOR = Estimator(FULL, Machine(600.0, 249.0), UnitPrice("p", Decimal(1)))
 PLAIN = RecipeConfig("one", stages=[StageConfig(sigmas=[1.0, 0.0])])
 LARGE = replace(parse(width=1920, height=1088, num_frames=121), grid_px=32)
@@ -23,7 +23,7 @@ LARGE = replace(parse(width=1920, height=1088, num_frames=121), grid_px=32)
 
 def offers(recipe: RecipeConfig = PLAIN, card_gb: float | None = None, num_gpus: int = 8) -> dict[str, Offer]:
     menu = Menu(layouts_up_to(num_gpus, FULL), None if card_gb is None else card_gb * 1e9)
-    return {offer.layout.name: offer for offer in menu.offers(LARGE, recipe, ESTIMATOR, EXACT)}
+    return {offer.layout.name: offer for offer in menu.offers(LARGE, recipe, ESTIMATOR)}
 
 
 def test_layouts_divide_the_heads_and_rings_are_for_what_heads_cannot_be_divided_by() -> None:
@@ -58,5 +58,5 @@ def test_predictions_of_a_step_are_shared_where_there_are_several() -> None:
 
 
 def test_one_layout_is_no_choice() -> None:
-    (offer,) = Menu(layouts_up_to(2, FULL)[1:2]).offers(LARGE, PLAIN, ESTIMATOR, EXACT)
+    (offer,) = Menu(layouts_up_to(2, FULL)[1:2]).offers(LARGE, PLAIN, ESTIMATOR)
     assert offer.layout.num_gpus == offer.estimate.num_gpus == 2
