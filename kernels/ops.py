@@ -14,6 +14,7 @@ from kernels import cudnn_attention, linear_gelu, reference, scaled_mm
 from kernels.rows import Modulation, ScaledRows
 
 BLOCK_TOKENS = reference.BLOCK_TOKENS
+block_means = reference.block_means
 
 # Shape suffixes are those of kernels.reference.
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -23,6 +24,9 @@ AttentionWithLseFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Ten
 """As `AttentionFn` -> BHTK and the log-sum-exp of each query's scores, BHT"""
 BlockSparseAttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q_BHTK, k_BHSK, v_BHSK, seen blocks of keys as int32 BHQN) -> BHTK"""
+
+BlockPromiseFn = Callable[[Tensor, Tensor], Tensor]
+"""(q_BHTK, k_BHSK) -> float32 BHQN"""
 
 RmsNormFn = Callable[[Tensor, float], Tensor]
 """(x_BTD, eps) -> BTD"""
@@ -97,6 +101,7 @@ class OpSet:
     attention: AttentionFn
     attention_with_lse: AttentionWithLseFn
     block_sparse_attention: BlockSparseAttentionFn
+    block_promise: BlockPromiseFn
     rms_norm: RmsNormFn
     modulated_rms_norm: ModulatedNormFn
     modulated_rms_norm_quantised: ModulatedNormQuantisedFn
