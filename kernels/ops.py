@@ -151,6 +151,7 @@ def fused_ops(device: str) -> OpSet:
         return device_ops(device)
     # Triton comes with torch for CUDA only.
     from kernels import (
+        block_promise,
         gated_residual_norm,
         modulated_rms_norm,
         qk_norm_rope,
@@ -161,6 +162,7 @@ def fused_ops(device: str) -> OpSet:
 
     return replace(
         device_ops(device),
+        block_promise=block_promise.block_promise,
         rms_norm=modulated_rms_norm.rms_norm,
         modulated_rms_norm=modulated_rms_norm.modulated_rms_norm,
         modulated_rms_norm_quantised=modulated_rms_norm.modulated_rms_norm_quantised,
