@@ -5,15 +5,20 @@ What each slot computes, with shapes and dtypes, is defined by the function of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 from kernels import cudnn_attention, linear_gelu, reference, scaled_mm
 from kernels.rows import Modulation, ScaledRows
 
+log = logging.getLogger(__name__)
+
 BLOCK_TOKENS = reference.BLOCK_TOKENS
+_HOPPER = (9, 0)
 block_means = reference.block_means
 
 # Shape suffixes are those of kernels.reference.
@@ -182,6 +187,19 @@ def fused_ops(device: str) -> OpSet:
         rms_norm_silu=rms_norm_silu.rms_norm_silu,
         rgb_to_yuv420=rgb_to_yuv420.rgb_to_yuv420,
     )
+
+
+def _with_flash_attention(ops: OpSet, device: str) -> OpSet:
+    """`ops` with FlashAttention-4 where that is installed and was measured to be faster than cuDNN: on Hopper."""
+    try:
+        # A library of a gigabyte that nothing else needs.
+        from kernels import flash_attention
+    except ImportError as error:
+        log.info("attention", extra={"facts": {"library": "cudnn", "because": str(error)}})
+        return ops
+    if torch.cuda.get_device_capability(device) != _HOPPER:
+        return ops
+    return replace(ops, attention=flash_attention.attention)
 
 
 def with_block_sparse_attention(ops: OpSet, device: str) -> OpSet:

@@ -120,6 +120,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("pipeline.parallel",),
     "xfuser": ("pipeline.parallel",),
     "cudnn": ("kernels.block_sparse_attention",),
+    "flash_attn": ("kernels.flash_attention",),
     "safetensors": ("pipeline.model.checkpoint", "pipeline.engine.nano"),
     # The bench times it as a peer.
     "diffusers": ("pipeline.engine.components", "pipeline.engine.nano", "pipeline.bench.peers"),
@@ -152,7 +153,7 @@ FUNCTION_IMPORTS = {
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
     "pipeline.parallel.xfuser_usp": "xfuser, which cannot be imported without an accelerator",
     "jobs.bench": "random weights and measuring: torch and the peers load only when there is something to do",
-    "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton; and a library that one tier needs",
+    "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton; and libraries of a gigabyte",
 }
 
 

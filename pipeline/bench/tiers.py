@@ -212,6 +212,7 @@ def _bound_sparse(denoiser: AudioVideoDenoiser, shortcuts: Shortcuts, case: Case
 
 # By what a step is timed without: operations that are the plain ones again.
 _GROUPS = {
+    "flash_attention": ("attention",),
     "norms": ("rms_norm", "modulated_rms_norm", "modulated_rms_norm_quantised"),
     "residuals": ("gated_residual", "gated_residual_norm", "gated_residual_norm_quantised"),
     "query_key_norms": ("qk_norm_rope",),
