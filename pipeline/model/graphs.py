@@ -68,8 +68,9 @@ class GraphedDenoiser:
     """`AudioVideoDenoiser`, whose calls of fewer than `below_tokens` video tokens, all samples together, are replayed.
 
     The first call of a shape runs as ever, so that kernels are compiled and plans are made; the second is captured.
-    What a graph cannot know passes through: perturbations, `others`, a pattern that `in_force` has. The denoiser's
-    modules must stay the ones they are; their tensors may be replaced and moved. Not thread-safe.
+    What a graph cannot know passes through: perturbations and `others`. A call under a pattern of `in_force` has a graph
+    of that pattern. The denoiser's modules must stay the ones they are; their tensors may be replaced and moved. Not
+    thread-safe.
     """
 
     def __init__(
@@ -131,7 +132,9 @@ class GraphedDenoiser:
         if conditioning is None or perturbations is not None or others is not None or not self._suits(video):
             return self._denoiser(video, audio, conditioning, perturbations, others)
         self._give_up_graphs_of_moved_weights()
-        key = _key((_read(video), _read(audio), conditioning))
+        # A pattern is equal to itself alone, and as part of a key it lives as long as the graph that reads it.
+        pattern = None if self._in_force is None else self._in_force.pattern
+        key = (pattern, *_key((_read(video), _read(audio), conditioning)))
         if key not in self._kept:
             velocities = self._denoiser(video, audio, conditioning)
             self._kept[key] = None
@@ -144,7 +147,7 @@ class GraphedDenoiser:
         return answer(video, audio, conditioning)
 
     def _suits(self, video: TokenStream | None) -> bool:
-        if video is None or not self._is_allowed or (self._in_force is not None and self._in_force.pattern is not None):
+        if video is None or not self._is_allowed:
             return False
         num_tokens = video.tokens_BTC.shape[:2].numel()
         return num_tokens < self._below_tokens and video.tokens_BTC.device.type == self._recorder.device_type

@@ -147,8 +147,8 @@ def test_samples_that_share_their_tokens_are_copied_as_they_lie(av_denoiser, gol
 
 
 def test_what_a_graph_cannot_know_passes_through(av_denoiser, golden, memory):
-    case, in_force = golden("dit_ltx2_0/case_t2v"), PatternInForce()
-    replayed = graphed(av_denoiser, memory, in_force=in_force)
+    case = golden("dit_ltx2_0/case_t2v")
+    replayed = graphed(av_denoiser, memory)
     conditioning = av_denoiser.prepare(case.video, case.audio)
     num_samples = case.video.tokens_BTC.shape[0]
     perturbed = [Perturbation(frozenset({0}))] * num_samples
@@ -161,15 +161,21 @@ def test_what_a_graph_cannot_know_passes_through(av_denoiser, golden, memory):
     for given in ways:
         for _ in range(3):
             assert equal(replayed(*given), av_denoiser(*given))
-    with in_force.during(object()):
-        for _ in range(3):
-            replayed(case.video, case.audio, conditioning)
     assert replayed.num_graphs == 0
-    for _ in range(2):
+
+
+def test_a_graph_is_of_the_pattern_that_was_in_force(av_denoiser, golden, memory):
+    case, in_force = golden("dit_ltx2_0/case_t2v"), PatternInForce()
+    replayed = graphed(av_denoiser, memory, in_force=in_force)
+    conditioning = av_denoiser.prepare(case.video, case.audio)
+    for num_captures, pattern in enumerate((None, object(), object()), start=1):
+        for _ in range(3):
+            with in_force.during(pattern):
+                replayed(case.video, case.audio, conditioning)
+        assert memory.num == {"captures": num_captures, "replays": 2 * num_captures}
+    with in_force.during(None):
         replayed(case.video, case.audio, conditioning)
-    with in_force.during(object()):
-        replayed(case.video, case.audio, conditioning)
-    assert memory.num == {"captures": 1, "replays": 1}, "a graph of dense attention waits while a pattern is in force"
+    assert memory.num == {"captures": 3, "replays": 7}, "the dense one is still there"
 
 
 def test_only_calls_of_fewer_tokens_on_the_recorders_device_are_captured(av_denoiser, golden, memory):
