@@ -68,9 +68,9 @@ class GraphedDenoiser:
     """`AudioVideoDenoiser`, whose calls of fewer than `below_tokens` video tokens, all samples together, are replayed.
 
     The first call of a shape runs as ever, so that kernels are compiled and plans are made; the second is captured.
-    What a graph cannot know passes through: perturbations and `others`. A call under a pattern of `in_force` has a graph
-    of that pattern. The denoiser's modules must stay the ones they are; their tensors may be replaced and moved. Not
-    thread-safe.
+    What a graph cannot know passes through: perturbations and `others`. A call under a pattern of `in_force` has a
+    graph of that pattern. The denoiser's modules must stay the ones they are; their tensors may be replaced and moved.
+    Not thread-safe.
     """
 
     def __init__(
@@ -223,9 +223,11 @@ def _key(given: _Given) -> _Key:
 
 
 def _tensors(given: Any) -> Iterator[Tensor | None]:
-    """All tensors of what is given, in its order, and None for what is not."""
+    """All tensors of what is given, in its order, and None for what is not; numbers are the same in all calls."""
     if given is None or isinstance(given, Tensor):
         yield given
+        return
+    if isinstance(given, int):
         return
     parts = given if isinstance(given, tuple) else [getattr(given, field.name) for field in fields(given)]
     for part in parts:
@@ -234,8 +236,8 @@ def _tensors(given: Any) -> Iterator[Tensor | None]:
 
 def _mapped(given: Any, make: Callable[[Tensor], Tensor]) -> Any:
     """What is given, with what `make` makes of each tensor in its place."""
-    if given is None:
-        return None
+    if given is None or isinstance(given, int):
+        return given
     if isinstance(given, Tensor):
         return make(given)
     if isinstance(given, tuple):
