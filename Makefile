@@ -68,6 +68,7 @@ bench: setup ## measure on the GPUs of this host, into tests/bench/results; BENC
 	-$(BENCH) decode model=$(BENCH_MODEL)
 	-$(BENCH) kernel model=$(BENCH_MODEL) 'shapes=[960x544x121,1920x1088x121]'
 	-$(BENCH) kernel model=ltxv_2b_distilled 'shapes=[1920x1088x257]'
+	-$(BENCH) latency model=$(BENCH_MODEL)
 	$(BENCH) write $(OF_FILES)
 	-for tier in exact fp8 fast; do $(BENCH) clip $(OF_FILES) precision=$$tier $(ARGS); done
 	-for layout in $(BENCH_LAYOUTS); do $(BENCH) batch $(OF_FILES) precision=fp8 parallel=$$layout $(ARGS); done

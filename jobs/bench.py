@@ -1,10 +1,10 @@
-"""Measure: `python -m jobs.bench write|clip|batch|step|decode|kernel|encode|table [key=value ...]`.
+"""Measure: `python -m jobs.bench write|clip|batch|latency|step|decode|kernel|encode|table [key=value ...]`.
 
 `write` makes a model's files from random numbers in the published layout and size; `clip` renders one clip with them,
-or with the real ones, through `jobs.render` on Ray, `batch` as many as `num_clips`. `step`, `decode` and `kernel` draw
-their weights themselves and time our tiers, our peers and each kernel beside what the device can do; `encode` times
-x264. Each adds dated rows, with hardware and versions, to a file of its name in `results`; `table` prints the README's
-table of them.
+or with the real ones, through `jobs.render` on Ray, `batch` as many as `num_clips`. `step`, `decode`, `kernel` and
+`latency` draw their weights themselves and time our tiers, our peers, each kernel, and whole clips of a worker that has
+its model, beside what the device can do; `encode` times x264. Each adds dated rows, with hardware and versions, to a
+file of its name in `results`; `table` prints the README's table of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.bench.shapes import clips_named
 from pipeline.bench.table import performance_table
 from pipeline.config.model import ModelConfig
 from pipeline.errors import EngineFault, UsageError
-from pipeline.geometry import latent_shape
+from pipeline.geometry import PixelShape, latent_shape
 from pipeline.media.probe import check_clip, probe_clip
 from pipeline.storage.filesystem import local_path
 from pipeline.storage.manifest import write_manifest
@@ -45,6 +45,7 @@ from pipeline.storage.tables import read_ledger, read_rows
 
 SEED = 20261120
 PROMPT = "a lighthouse on a cliff in a storm, waves breaking, thunder rolling, cinematic"
+SHAPES = ("768x512x121", "1920x1088x121")
 STAGES = ("text_encode_s", "denoise_s", "upsample_s", "decode_s", "encode_s", "upload_s", "wall_s")
 _OWN_KEYS = {field.name for field in fields(BenchJob)}
 
@@ -244,7 +245,7 @@ def _is_playable(row: dict[str, Any]) -> bool:
 def step(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time one denoiser step of each contestant."""
     _refuse("step", others)
-    shapes = {name: latent_shape(clip) for name, clip in clips_named(job.shapes, job.model.clip.fps).items()}
+    shapes = {name: latent_shape(clip) for name, clip in _clips(job, SHAPES).items()}
     # Torch and the peers' code load only where something is measured.
     from pipeline.bench.step import chosen, measure_steps
     from pipeline.engine.random_weights import best_device
@@ -256,7 +257,7 @@ def step(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
 def decode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time the decoding of a latent by each way there is."""
     _refuse("decode", others)
-    shapes = clips_named(job.shapes, job.model.clip.fps)
+    shapes = _clips(job, SHAPES)
     from pipeline.bench.decode import measure_decodes
     from pipeline.engine.random_weights import best_device
 
@@ -266,11 +267,27 @@ def decode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
 def kernel(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time each operation alone."""
     _refuse("kernel", others)
-    shapes = {name: latent_shape(clip) for name, clip in clips_named(job.shapes, job.model.clip.fps).items()}
+    shapes = {name: latent_shape(clip) for name, clip in _clips(job, SHAPES).items()}
     from pipeline.bench.kernel import measure_kernels
     from pipeline.engine.random_weights import best_device
 
     return _record(job, measure_kernels(_metadata(job.model)["transformer"], job.model, shapes, best_device()))
+
+
+def latency(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Time whole clips of each contestant in this process; `others` are `recipe=` and settings of it."""
+    strange = [each for each in others if each.partition("=")[0].partition(".")[0] != "recipe"]
+    _refuse("latency", strange)
+    recipe = compose_job(RenderJob, "render", [*model_arguments, *others]).recipe
+    shapes = _clips(job, SHAPES[-1:])
+    from pipeline.bench.latency import LatencyPlan, chosen, measure_latency
+    from pipeline.engine.random_weights import best_device
+
+    limit_gb = job.gpu_memory_limit_gb
+    plan = LatencyPlan(job.model, recipe, chosen(job.contestants), job.repeats, limit_gb is not None, limit_gb)
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = _metadata(job.model), _metadata(job.model, "spatial_upscaler")
+        return _record(job, measure_latency(*metadata, plan, shapes, Path(folder), best_device()))
 
 
 def encode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
@@ -296,13 +313,17 @@ def _refuse(what: str, others: list[str]) -> None:
         raise UsageError(f"jobs.bench {what} must be given settings of its own alone, got {others}; see --help")
 
 
-def _metadata(model: ModelConfig) -> dict[str, Any]:
+def _clips(job: BenchJob, default: Sequence[str]) -> dict[str, PixelShape]:
+    return clips_named(default if job.shapes is None else job.shapes, job.model.clip.fps)
+
+
+def _metadata(model: ModelConfig, part: str = "checkpoint") -> dict[str, Any]:
     """What a file of the model says of its parts."""
     if model.built_here:
-        from pipeline.engine.nano import CONFIG
+        from pipeline.engine.nano import CONFIG, UPSCALER_CONFIG
 
-        return CONFIG
-    return dict(_published(model)["checkpoint"]["config"])
+        return UPSCALER_CONFIG if part == "spatial_upscaler" else CONFIG
+    return dict(_published(model)[part]["config"])
 
 
 def _record(job: BenchJob, rows: Iterable[Row]) -> int:
@@ -318,8 +339,8 @@ def _record(job: BenchJob, rows: Iterable[Row]) -> int:
 
 
 WHAT: dict[str, Callable[[BenchJob, list[str], list[str]], int]] = {
-    "write": write, "clip": clip, "batch": batch, "step": step, "decode": decode, "kernel": kernel, "encode": encode,
-    "table": table,
+    "write": write, "clip": clip, "batch": batch, "latency": latency, "step": step, "decode": decode, "kernel": kernel,
+    "encode": encode, "table": table,
 }  # fmt: skip
 
 

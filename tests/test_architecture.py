@@ -72,6 +72,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.bench": {"pipeline.config", "pipeline.errors", "pipeline.geometry", "pipeline.engine", "pipeline.model",
                        "pipeline.planning.estimate", "pipeline.planning.sparsity", "pipeline.records.frames",
                        "pipeline.records.outcome", "pipeline.media", "kernels"},
+    # Times clips as customers get them: a worker's own assembly, with a store in a folder, of requests made here.
+    "pipeline.bench.latency": {"pipeline.bench", "pipeline.assembly.worker_side", "pipeline.cluster.assignment",
+                               "pipeline.config", "pipeline.cost.meter", "pipeline.cost.pricing", "pipeline.engine",
+                               "pipeline.errors", "pipeline.geometry", "pipeline.media.natural_clip",
+                               "pipeline.planning.estimate", "pipeline.records", "pipeline.rendering",
+                               "pipeline.storage.store", "pipeline.worker"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
     "pipeline.assembly.model_facts": {"pipeline.config", "pipeline.records.wishes", "pipeline.storage",
                                       "pipeline.errors"},

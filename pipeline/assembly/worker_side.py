@@ -44,7 +44,7 @@ def build_worker(brief: WorkerBrief, meter: Meter, member: Member = ALONE) -> Cl
     meter.enter("weight_load")
     job, device = brief.job, brief.device
     if job.cluster.gpu_memory_limit_gb is not None:
-        _limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
+        limit_gpu_memory(job.cluster.gpu_memory_limit_gb, device)
     is_gang = member.num_ranks > 1
     groups = join(member, member.layout, device, job.cluster.load_timeout_s) if is_gang else None
     consent = alone if groups is None else GangConsent()
@@ -59,10 +59,10 @@ def build_worker(brief: WorkerBrief, meter: Meter, member: Member = ALONE) -> Cl
         patience_s=job.storage.patience_s,
         scratch=store.scratch(brief.facts.run_id),
         meter=meter,
-        files={name: _clip_files(recipe.encode) for name, recipe in brief.recipes.items()},
+        files={name: clip_files(recipe.encode) for name, recipe in brief.recipes.items()},
         facts=brief.facts,
         now_ns=meter.now_ns,
-        take_peak_gpu_bytes=_take_peak_gpu_bytes if device == "cuda" else lambda: None,
+        take_peak_gpu_bytes=peak_taker(device),
         resume=job.resume,
         commits=brief.is_exclusive,
     )
@@ -123,7 +123,7 @@ def with_graphs(engine: RenderEngine, below_tokens: int, recorder: Recorder = ON
     return replace(engine, denoiser=graphs, graphs=graphs)
 
 
-def _limit_gpu_memory(limit_gb: float, device: str) -> None:
+def limit_gpu_memory(limit_gb: float, device: str) -> None:
     """Let this process allocate `limit_gb` on its GPU at most, as on a smaller one."""
     if device != "cuda":
         raise UsageError(f"cluster.gpu_memory_limit_gb must be left out on {device}, got {limit_gb}; leave it out")
@@ -138,13 +138,19 @@ def _free_gpu_bytes(limit_gb: float | None) -> int:
     return free_bytes if limit_gb is None else min(free_bytes, round(limit_gb * 1e9))
 
 
+def peak_taker(device: str) -> Callable[[], int | None]:
+    """What gives the most bytes of device memory in use since its last call; None where there is no device."""
+    return _take_peak_gpu_bytes if device == "cuda" else lambda: None
+
+
 def _take_peak_gpu_bytes() -> int:
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return int(peak)
 
 
-def _clip_files(encode: EncodeConfig) -> ClipFiles:
+def clip_files(encode: EncodeConfig) -> ClipFiles:
+    """What the files of a recipe's clips are written with."""
     settings = EncodeSettings(
         preset=encode.preset,
         crf=encode.crf,

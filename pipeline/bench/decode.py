@@ -14,20 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.ops import fused_ops
 from pipeline.bench.ceilings import judged, measure_ceilings
+from pipeline.bench.random_parts import random_video_decoder
 from pipeline.bench.rows import Row, new_row
 from pipeline.bench.tiers import SEED
 from pipeline.bench.timing import added_bytes, failure_of, forget, in_turns, num_bytes, spread
 from pipeline.config.model import ModelConfig
 from pipeline.engine.components.streamed_decoder import FRAMES_PER_CONVOLUTION, Manner
-from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, video_decoder_blueprint
+from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder
 from pipeline.engine.decode import decode_frames
-from pipeline.engine.latents import ChannelStatistics
-from pipeline.engine.random_weights import random_value
 from pipeline.engine.tiling import tiles_of_size
 from pipeline.geometry import PixelShape, RenderShape, latent_shape
-from pipeline.model.checkpoint import set_tensor
 from pipeline.model.hparams import DenoiserHparams
 from pipeline.records.frames import YuvFrames
 
@@ -107,7 +104,7 @@ def measure_decodes(
     config: Mapping[str, Any], model: ModelConfig, shapes: Mapping[str, PixelShape], device: str
 ) -> Iterator[Row]:
     """A row for each shape, as soon as it is measured. `config` is a file's metadata."""
-    decoder = _random_decoder(config["vae"], device)
+    decoder = random_video_decoder(config["vae"], device)
     noise = DecodeNoise(_DECODE_TIMESTEP) if decoder.takes_noise else None
     video = DenoiserHparams.from_config(config["transformer"], has_audio=model.size.has_audio).video
     decoders = _decoders(decoder)
@@ -133,17 +130,6 @@ def measure_decodes(
             "decode", model=model.name, shape=label, device=device, tflop=flops / 1e12, ceilings=limits.as_facts(),
             contestants=facts,
         )  # fmt: skip
-
-
-def _random_decoder(vae: Mapping[str, Any], device: str) -> VideoDecoder:
-    """The decoder of a `vae` section, drawn in bfloat16."""
-    module: Any = video_decoder_blueprint(dict(vae)).module
-    generator = torch.Generator(device).manual_seed(SEED)
-    for name, tensor in module.state_dict().items():
-        set_tensor(module, name, random_value(name, tuple(tensor.shape), "BF16", {}, generator).to(device))
-    statistics = ChannelStatistics(vae["latent_channels"]).to(device)
-    takes_noise = vae.get("timestep_conditioning", False)
-    return VideoDecoder(module.eval(), statistics, takes_noise=takes_noise, ops=fused_ops(device))
 
 
 def _compared(

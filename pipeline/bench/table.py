@@ -39,7 +39,15 @@ _DECODES = (
 
 _BATCHES = ("batch", "clips", "recipe", "precision", "GPUs", "layouts", "wall", "clips a minute", "video s per s",
             "GPU s a clip, loaded", "$ a clip, loaded", "idle", "measured")  # fmt: skip
+_LATENCIES = ("warm clip", "recipe", "precision", "pictures", "seconds to the MP4, median (least to most)", "text",
+              "denoise", "upsample", "decode", "encode (beside)", "video s per s", "peak GPU memory", "GPU capped at",
+              "measured")  # fmt: skip
 _ENCODES = ("encoding", "x264", "clip", "seconds, median (least to most)", "size", "measured")
+
+
+_STAGES = ("text_encode", "denoise", "upsample", "decode", "encode")
+# What a clip of random weights is encoded from.
+_PICTURES = ("natural", "as_decoded")
 
 
 class _Line(NamedTuple):
@@ -55,7 +63,11 @@ def performance_table(results: Path) -> str:
              *_steps(read(results, "step")))  # fmt: skip
     decodes = (*_older_decodes(read(results, "decode")), *_decodes(read(results, "decode")))
     tables = [(_CLIPS, [*_clips(read(results, "clip"))]), (_STEPS, [*steps]), (_DECODES, [*decodes])]
-    later = [(_BATCHES, [*_batches(read(results, "batch"))]), (_ENCODES, [*_encodes(read(results, "encode"))])]
+    later = [
+        (_LATENCIES, [*_latencies(read(results, "latency"))]),
+        (_BATCHES, [*_batches(read(results, "batch"))]),
+        (_ENCODES, [*_encodes(read(results, "encode"))]),
+    ]
     tables += [table for table in later if table[1]]
     return "\n".join(_markdown(head, _newest(lines)) for head, lines in tables)
 
@@ -142,6 +154,28 @@ def _decode(model: str, shape: str, name: str, facts: Row, measured: str) -> _Li
     *speed, _ = _speed(facts)
     peak = _gigabytes(facts.get("peak_gpu_memory_bytes"))
     return _Line((model, shape, name), (f"{model} {shape}", f"`{name}`", *speed, peak, measured))
+
+
+def _latencies(rows: Iterable[Row]) -> Iterator[_Line]:
+    for row in rows:
+        cap = row["gpu_memory_limit_gb"]
+        shown_cap = "" if cap is None else f"{cap:.0f} GB"
+        for name, facts in row["contestants"].items() if _counts(row) else ():
+            for pictures in _PICTURES:
+                key = (row["model"], row["shape"], row["recipe"], name, pictures, str(cap))
+                cells = (f"{row['model']} {row['shape']}", row["recipe"], name, pictures.replace("_", " "),
+                         *_latency(facts, pictures), shown_cap, _measured(row))  # fmt: skip
+                yield _Line(key, cells)
+
+
+def _latency(facts: Row, pictures: str) -> tuple[str, ...]:
+    """Seconds from the call to the MP4, of each stage, seconds of video for each of them, memory."""
+    found = facts.get("pictures", {}).get(pictures, {})
+    seconds, *_ = _speed(facts | found)
+    if not found or "error" in facts:
+        return (seconds, *[""] * (len(_STAGES) + 2))
+    stages = (f"{found[f'{stage}_s']:.2f} s" for stage in _STAGES)
+    return seconds, *stages, f"{found['real_time_factor']:.2f}", _gigabytes(found["peak_gpu_memory_bytes"])
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[_Line]:

@@ -20,7 +20,7 @@ from kernels.rows import Modulation
 from pipeline.config.model import ModelConfig, PrecisionConfig
 from pipeline.engine.latents import audio_positions, video_positions
 from pipeline.engine.random_weights import random_value
-from pipeline.engine.shortcuts import Shortcuts, SparseSettings
+from pipeline.engine.shortcuts import NO_SHORTCUTS, Shortcuts, SparseSettings
 from pipeline.geometry import LatentShape
 from pipeline.model.checkpoint import build_on_meta, name_on_disk, set_tensor
 from pipeline.model.denoiser import AudioVideoDenoiser, Denoiser
@@ -51,13 +51,14 @@ class Built(NamedTuple):
     """A contestant with its weights on the device. `bind` makes one step of a case, all that outlasts it prepared.
 
     `attended` is the part of the video's self-attention that the step computes, the mean of all layers; `facts` are
-    what else is known after two steps.
+    what else is known after two steps; `shortcuts` are what an engine of this contestant leaves out of steps.
     """
 
     module: nn.Module
     bind: Callable[[Case], Step]
     attended: Callable[[Case], float] = lambda case: 1.0
     facts: Callable[[], dict[str, Any]] = dict
+    shortcuts: Shortcuts = NO_SHORTCUTS
 
 
 class Weights:
@@ -111,8 +112,7 @@ class Weights:
         sigma_B = torch.full((1,), SIGMA, device=self.device)
 
         def stream(hparams: StreamHparams, num_tokens: int, positions_BAT2: Tensor) -> TokenStream:
-            text_channels = self.hparams.text_channels or hparams.width
-            sizes = ((num_tokens, hparams.in_channels), (self.num_text_tokens, text_channels))
+            sizes = ((num_tokens, hparams.in_channels), (self.num_text_tokens, text_channels(self.hparams, hparams)))
             tokens_BTC, text_BSD = (
                 torch.randn(1, *size, device=self.device, dtype=torch.bfloat16, generator=generator) for size in sizes
             )
@@ -124,6 +124,11 @@ class Weights:
             positions_BAT2 = audio_positions(shape, device=self.device)
             audio = stream(self.hparams.audio, shape.num_audio_latents, positions_BAT2)
         return Case(shape, video, audio)
+
+
+def text_channels(hparams: DenoiserHparams, stream: StreamHparams) -> int:
+    """Of the text embeddings that a stream is given."""
+    return hparams.text_channels or stream.width
 
 
 # Relative L2 error of a velocity against the plain operations that a contestant may have. On an H200, over 48 layers,
@@ -210,7 +215,8 @@ def sparse_tier(precision: PrecisionConfig, bound: float) -> Contestant:
                 return 1.0
             return mean_of_layers(len(layers), weights.hparams.num_layers, stage.pattern.seen_part)
 
-        return Built(denoiser, partial(_bound_sparse, denoiser, Shortcuts(settings)), attended)
+        shortcuts = Shortcuts(settings)
+        return Built(denoiser, partial(_bound_sparse, denoiser, shortcuts), attended, shortcuts)
 
     return Contestant(precision.name, fp8, build, bound)
 

@@ -171,14 +171,19 @@ class BenchJob:
     num_frames: int = 121
     # Of `batch`.
     num_clips: int = 32
-    # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out.
+    # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out. In `latency` one contestant at a
+    # time.
     gpu_memory_limit_gb: float | None = None
-    # Of `step`, `decode` and `kernel`: width x height x frames of what is denoised or decoded.
-    shapes: list[str] = field(default_factory=lambda: ["768x512x121", "1920x1088x121"])
-    # Of `step`: who takes part; the tiers and the peers if left out.
+    # Of `step`, `decode`, `kernel` and `latency`: width x height x frames; 768x512x121 and 1920x1088x121 if left out,
+    # the latter alone in `latency`.
+    shapes: list[str] | None = None
+    # Of `latency`: timed clips of natural pictures; of noise there is one.
+    repeats: int = 3
+    # Of `step` and `latency`: who takes part; the tiers and, in `step`, the peers if left out.
     contestants: list[str] | None = None
     # A folder; each kind of measurement adds its rows to a file of its name.
     results: str = "tests/bench/results"
 
     def __post_init__(self) -> None:
         require(self.num_clips >= 1, "num_clips", "1 or more", self.num_clips, "use 32")
+        require(self.repeats >= 1, "repeats", "1 or more", self.repeats, "use 3")

@@ -97,7 +97,7 @@ def load_engine(
     disagrees with `model.size`; OutOfMemory if the budget cannot be met.
     """
     started = time.monotonic()
-    _configure_torch(precision)
+    configure_torch(precision)
     folder, dtype = Path(model.folder), _DTYPES[precision.dtype]
     checkpoint = _open_checkpoint(model, precision, device)
     upscaler = CheckpointFile(folder / model.spatial_upscaler) if model.spatial_upscaler else None
@@ -171,7 +171,8 @@ def _load_denoiser(
     )
 
 
-def _configure_torch(precision: PrecisionConfig) -> None:
+def configure_torch(precision: PrecisionConfig) -> None:
+    """Threads and roundings of this process, as every engine has them."""
     torch.set_num_threads(precision.torch_threads)
     # The vocoder runs in float32 always; TensorFloat-32 would round its convolutions' inputs to 10 bits.
     torch.backends.cudnn.allow_tf32 = False

@@ -76,11 +76,40 @@ def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_
 
 
 def test_a_bench_that_does_not_exist_is_refused() -> None:
-    assert_refused(run_command("bench", "cip"), "write, clip, batch, step, decode, kernel, encode or table", "'cip'")
+    assert_refused(
+        run_command("bench", "cip"), "write, clip, batch, latency, step, decode, kernel, encode or table", "'cip'"
+    )
     assert_refused(run_command("bench", "write", "model=ltx2_19b_dev"), "folder=")
     assert_refused(run_command("bench", "clip", "widht=64"), "'widht' is not a setting")
     assert_refused(run_command("bench", "step", "recipe.encode.crf=30"), "settings of its own alone")
     assert_refused(run_command("bench", "decode", "shapes=[64x64x8]"), "8k+1 frames", "'64x64x8'")
+
+
+def test_whole_clips_are_timed_in_one_process_without_files(tmp_path: Path) -> None:
+    done = run_command("bench", "latency", "shapes=[64x64x9]", "repeats=2", f"results={tmp_path}",
+                       "recipe=distilled_two_stage_short", "recipe.encode.crf=30")  # fmt: skip
+    row = json.loads((tmp_path / "latency.jsonl").read_text())
+    assert row["what"] == "latency" and row["shape"] == "64x64x9" and row["at"].startswith("20")
+    assert row["model"] == "nano" and row["recipe"] == "distilled_two_stage_short" and row["duration_s"] == 9 / 24
+    assert row["repeats"] == {"natural": 2, "as_decoded": 1} and row["alone"] is False
+    assert row["versions"]["torch"] and row["hardware"]["num_cpus"] >= 1 and row["ceilings"]["copy_tb_per_s"] > 0
+    assert list(row["contestants"]) == ["exact", "fp8", "fast"]
+    # There NVIDIA's kernel may be missing, and takes no heads as narrow as a toy's.
+    timed = {name: facts for name, facts in row["contestants"].items() if "failure" not in facts}
+    assert row["contestants"].keys() - timed.keys() <= ({"fast"} if row["device"] == "cuda" else set())
+    for facts in timed.values():
+        assert list(facts["difference"]) == ["video", "audio"]
+        for pictures, found in facts["pictures"].items():
+            assert len(found["clips"]) == len(found["all_s"]) == row["repeats"][pictures]
+            assert 0 < found["min_s"] <= found["median_s"] <= found["max_s"]
+            assert found["real_time_factor"] == pytest.approx(row["duration_s"] / found["median_s"])
+    assert done.returncode == (1 if any("error" in facts for facts in timed.values()) else 0), done.stderr
+
+
+def test_clips_that_cannot_be_timed_are_refused() -> None:
+    assert_refused(run_command("bench", "latency", "contestants=[exact,fastest]"), "exact, fp8, fast", "got fastest")
+    assert_refused(run_command("bench", "latency", "precision=fp8"), "settings of its own alone")
+    assert_refused(run_command("bench", "latency", "repeats=0"), "repeats must be 1 or more")
 
 
 @pytest.mark.parametrize(

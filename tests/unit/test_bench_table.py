@@ -109,6 +109,42 @@ def test_batches_are_shown_by_their_settings_and_half_rendered_ones_are_not(tmp_
     assert "| fp8 | 4 | 28 single, 4 ulysses4 | 64.0 s | 30.00 | 2.52 | 8.2 | 0.0083 | 3 % | 2026-11-20 12:00" in line
 
 
+def latency_row(at: str, contestants: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    return {"at": at, "what": "latency", "model": "ltx2_19b_distilled", "recipe": "distilled_two_stage",
+            "shape": "1920x1088x121", "gpu_memory_limit_gb": None, "hardware": H200, "versions": {"torch": "2.11.0"},
+            "contestants": contestants, **facts}  # fmt: skip
+
+
+def clips(median_s: float) -> dict[str, Any]:
+    stages = {"text_encode_s": 0.001, "denoise_s": 7.25, "upsample_s": 0.125, "decode_s": 1.5, "encode_s": 4.75}
+    return timed(median_s, **stages, real_time_factor=5 / median_s, peak_gpu_memory_bytes=45.64e9)
+
+
+def test_warm_clips_are_shown_by_tier_and_pictures(tmp_path: Path) -> None:
+    both = {"natural": clips(10.0), "as_decoded": clips(20.0)}
+    append(tmp_path, latency_row("2026-11-20T10:00:00+00:00", {"exact": {"pictures": both}, "fp8": {"pictures": both}}))
+    fp8 = {"pictures": {"natural": clips(8.0), "as_decoded": clips(16.0)}}
+    append(tmp_path, latency_row("2026-11-20T11:00:00+00:00", {"fp8": fp8}))
+    append(tmp_path, latency_row("2026-11-20T12:00:00+00:00", {"fp8": fp8}, gpu_memory_limit_gb=80.0))
+    append(tmp_path, latency_row("2026-11-20T13:00:00+00:00", {"fp8": fp8}, model="nano"))
+    lines = lines_of(tmp_path, "| ltx2_19b_distilled 1920x1088x121 |")
+    assert len(lines) == 6
+    assert len([line for line in lines if "| fp8 |" in line and "| 80 GB |" in line]) == 2
+    (line,) = [line for line in lines if "| fp8 | natural |" in line and "11:00" in line]
+    assert "| 8.000 (4.000 to 16.000) | 0.00 s | 7.25 s | 0.12 s | 1.50 s | 4.75 s | 0.62 | 45.6 GB |  |" in line
+    assert [line for line in lines if "| exact | as decoded | 20.000" in line]
+
+
+def test_a_tier_that_failed_or_is_not_itself_shows_no_seconds(tmp_path: Path) -> None:
+    both = {"natural": clips(10.0), "as_decoded": clips(20.0)}
+    contestants = {"exact": {"pictures": both, "error": "..."}, "fast": {"failure": "ImportError: no cudnn"}}
+    append(tmp_path, latency_row("2026-11-20T10:00:00+00:00", contestants))
+    (head,), lines = lines_of(tmp_path, "| precision | pictures |"), lines_of(tmp_path, "1920x1088x121")
+    assert ["error" in line for line in lines] == [True, True, False, False]
+    assert ["failure" in line for line in lines] == [False, False, True, True]
+    assert {line.count("|") for line in (head, *lines)} == {15}
+
+
 def test_the_encoder_is_shown_for_hosts_of_gpus(tmp_path: Path) -> None:
     row = {"at": "2026-11-20T10:00:00+00:00", "what": "encode", "shape": "1920x1088x121", "hardware": H200,
            "settings": {"preset": "veryfast", "crf": 18, "x264_threads": 2}, "versions": {"torch": "2.11.0"},
@@ -119,8 +155,9 @@ def test_the_encoder_is_shown_for_hosts_of_gpus(tmp_path: Path) -> None:
     assert "| 1920x1088x121 | veryfast, CRF 18, 2 threads | natural | 3.000 (1.500 to 6.000) | 41.2 MB |" in line
 
 
-def test_batches_and_encodings_have_no_table_before_they_are_measured(tmp_path: Path) -> None:
-    assert "| batch |" not in performance_table(tmp_path) and "| encoding |" not in performance_table(tmp_path)
+def test_batches_encodings_and_warm_clips_have_no_table_before_they_are_measured(tmp_path: Path) -> None:
+    table = performance_table(tmp_path)
+    assert not any(head in table for head in ("| batch |", "| encoding |", "| warm clip |"))
 
 
 def test_a_row_says_when_and_on_what_it_was_measured(tmp_path: Path) -> None:

@@ -164,11 +164,17 @@ def load_video_decoder(
     """Video decoder of a single-file checkpoint, with its channel statistics in float32."""
     vae = section(checkpoint.config, "vae")
     module = video_decoder_blueprint(vae).fill(checkpoint, device=device, dtype=dtype, what="the video decoder")
-    if torch.device(device).type == "cuda":
-        # As cuDNN's convolutions in three dimensions want them; the activations of a stream follow.
-        module = module.to(memory_format=torch.channels_last_3d)
+    module = laid_out(module, device)
     statistics = load_statistics(checkpoint, "vae", num_channels=vae["latent_channels"], device=device)
     return VideoDecoder(module, statistics, takes_noise=vae.get("timestep_conditioning", False), ops=ops)
+
+
+def laid_out(decoder: Any, device: str) -> Any:
+    """A decoder's module with its weights as the device wants them in memory; the activations of a stream follow."""
+    if torch.device(device).type == "cuda":
+        # As cuDNN's convolutions in three dimensions do.
+        return decoder.to(memory_format=torch.channels_last_3d)
+    return decoder
 
 
 def load_video_encoder(checkpoint: CheckpointFile, *, device: str, dtype: torch.dtype | None) -> VideoEncoder:

@@ -46,7 +46,7 @@ def load_vocoder(checkpoint: CheckpointFile, *, device: str) -> Vocoder:
     audio_vae, vocoder = section(checkpoint.config, "audio_vae"), section(checkpoint.config, "vocoder")
     plan = vocoder_blueprint(vocoder, mel_bins=audio_sizes(audio_vae)["mel_bins"])
     module = plan.fill(checkpoint, device=device, dtype=torch.float32, what="the vocoder")
-    return Vocoder(module, sample_rate_hz=_sample_rate_hz(audio_vae, vocoder))
+    return Vocoder(module, sample_rate_hz=waveform_rate_hz(audio_vae, vocoder))
 
 
 def vocoder_blueprint(vocoder: dict[str, Any], *, mel_bins: int) -> Blueprint:
@@ -107,7 +107,8 @@ def _arguments(vocoder: dict[str, Any], mel_bins: int) -> dict[str, Any]:
     return arguments
 
 
-def _sample_rate_hz(audio_vae: dict[str, Any], vocoder: dict[str, Any]) -> int:
+def waveform_rate_hz(audio_vae: dict[str, Any], vocoder: dict[str, Any]) -> int:
+    """Samples a second of what the vocoder of these sections makes."""
     if "bwe" in vocoder:
         return int(Section(vocoder["bwe"])["output_sampling_rate"])
     form = Section(audio_vae["preprocessing"])
