@@ -39,6 +39,8 @@ _DECODES = (
 
 _BATCHES = ("batch", "clips", "recipe", "precision", "GPUs", "layouts", "wall", "clips a minute", "video s per s",
             "GPU s a clip, loaded", "$ a clip, loaded", "idle", "measured")  # fmt: skip
+_GANGS = ("one step on several GPUs", "layout", "contestant", "seconds, median (least to most)",
+          "times one GPU's speed", "cosine against one GPU", "weights a GPU", "measured")  # fmt: skip
 _ENCODES = ("encoding", "x264", "clip", "seconds, median (least to most)", "size", "measured")
 
 
@@ -56,6 +58,7 @@ def performance_table(results: Path) -> str:
     decodes = (*_older_decodes(read(results, "decode")), *_decodes(read(results, "decode")))
     tables = [(_CLIPS, [*_clips(read(results, "clip"))]), (_STEPS, [*steps]), (_DECODES, [*decodes])]
     later = [(_BATCHES, [*_batches(read(results, "batch"))]), (_ENCODES, [*_encodes(read(results, "encode"))])]
+    later.insert(0, (_GANGS, [*_gangs(read(results, "gang"))]))
     tables += [table for table in later if table[1]]
     return "\n".join(_markdown(head, _newest(lines)) for head, lines in tables)
 
@@ -142,6 +145,21 @@ def _decode(model: str, shape: str, name: str, facts: Row, measured: str) -> _Li
     *speed, _ = _speed(facts)
     peak = _gigabytes(facts.get("peak_gpu_memory_bytes"))
     return _Line((model, shape, name), (f"{model} {shape}", f"`{name}`", *speed, peak, measured))
+
+
+def _gangs(rows: Iterable[Row]) -> Iterator[_Line]:
+    for row in rows:
+        for name, facts in row["contestants"].items() if _counts(row) else ():
+            model, shape, layout = row["model"], row["shape"], row["layout"]
+            seconds, *_ = _speed(facts)
+            # Of a time that means nothing there is no speed-up either.
+            faster = facts.get("speed_up") if "median_s" in facts else None
+            cosine = min((of["cosine"] for of in facts.get("against_alone", {}).values()), default=None)
+            cells = (
+                f"{model} {shape}", layout, f"`{name}`", seconds, "" if faster is None else f"{faster:.2f}",
+                "" if cosine is None else f"{cosine:.5f}", _gigabytes(facts.get("weights_bytes")), _measured(row),
+            )  # fmt: skip
+            yield _Line((model, shape, layout, name), cells)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[_Line]:

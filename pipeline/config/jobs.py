@@ -173,10 +173,12 @@ class BenchJob:
     num_clips: int = 32
     # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out.
     gpu_memory_limit_gb: float | None = None
-    # Of `step`, `decode` and `kernel`: width x height x frames of what is denoised or decoded.
+    # Of `step`, `gang`, `decode` and `kernel`: width x height x frames of what is denoised or decoded.
     shapes: list[str] = field(default_factory=lambda: ["768x512x121", "1920x1088x121"])
-    # Of `step`: who takes part; the tiers and the peers if left out.
+    # Of `step` and `gang`: who takes part; the tiers and the peers if left out.
     contestants: list[str] | None = None
+    # Of `gang`: how a clip is spread over GPUs of this host.
+    layouts: list[str] = field(default_factory=lambda: ["ulysses2", "ring2", "tensor2"])
     # A folder; each kind of measurement adds its rows to a file of its name.
     results: str = "tests/bench/results"
 

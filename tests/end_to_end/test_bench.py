@@ -76,7 +76,9 @@ def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_
 
 
 def test_a_bench_that_does_not_exist_is_refused() -> None:
-    assert_refused(run_command("bench", "cip"), "write, clip, batch, step, decode, kernel, encode or table", "'cip'")
+    assert_refused(
+        run_command("bench", "cip"), "write, clip, batch, step, gang, decode, kernel, encode or table", "'cip'"
+    )
     assert_refused(run_command("bench", "write", "model=ltx2_19b_dev"), "folder=")
     assert_refused(run_command("bench", "clip", "widht=64"), "'widht' is not a setting")
     assert_refused(run_command("bench", "step", "recipe.encode.crf=30"), "settings of its own alone")
