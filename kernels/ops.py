@@ -5,15 +5,21 @@ What each slot computes, with shapes and dtypes, is defined by the function of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 from kernels import cudnn_attention, linear_gelu, reference, scaled_mm
 from kernels.rows import Modulation, ScaledRows
 
+log = logging.getLogger(__name__)
+
 BLOCK_TOKENS = reference.BLOCK_TOKENS
+_HOPPER = (9, 0)
+block_means = reference.block_means
 
 # Shape suffixes are those of kernels.reference.
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -23,6 +29,9 @@ AttentionWithLseFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Ten
 """As `AttentionFn` -> BHTK and the log-sum-exp of each query's scores, BHT"""
 BlockSparseAttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q_BHTK, k_BHSK, v_BHSK, seen blocks of keys as int32 BHQN) -> BHTK"""
+
+BlockPromiseFn = Callable[[Tensor, Tensor], Tensor]
+"""(q_BHTK, k_BHSK) -> float32 BHQN"""
 
 RmsNormFn = Callable[[Tensor, float], Tensor]
 """(x_BTD, eps) -> BTD"""
@@ -97,6 +106,7 @@ class OpSet:
     attention: AttentionFn
     attention_with_lse: AttentionWithLseFn
     block_sparse_attention: BlockSparseAttentionFn
+    block_promise: BlockPromiseFn
     rms_norm: RmsNormFn
     modulated_rms_norm: ModulatedNormFn
     modulated_rms_norm_quantised: ModulatedNormQuantisedFn
@@ -146,6 +156,7 @@ def fused_ops(device: str) -> OpSet:
         return device_ops(device)
     # Triton comes with torch for CUDA only.
     from kernels import (
+        block_promise,
         gated_residual_norm,
         modulated_rms_norm,
         qk_norm_rope,
@@ -156,6 +167,7 @@ def fused_ops(device: str) -> OpSet:
 
     return replace(
         device_ops(device),
+        block_promise=block_promise.block_promise,
         rms_norm=modulated_rms_norm.rms_norm,
         modulated_rms_norm=modulated_rms_norm.modulated_rms_norm,
         modulated_rms_norm_quantised=modulated_rms_norm.modulated_rms_norm_quantised,
@@ -175,6 +187,19 @@ def fused_ops(device: str) -> OpSet:
         rms_norm_silu=rms_norm_silu.rms_norm_silu,
         rgb_to_yuv420=rgb_to_yuv420.rgb_to_yuv420,
     )
+
+
+def _with_flash_attention(ops: OpSet, device: str) -> OpSet:
+    """`ops` with FlashAttention-4 where that is installed and was measured to be faster than cuDNN: on Hopper."""
+    try:
+        # A library of a gigabyte that nothing else needs.
+        from kernels import flash_attention
+    except ImportError as error:
+        log.info("attention", extra={"facts": {"library": "cudnn", "because": str(error)}})
+        return ops
+    if torch.cuda.get_device_capability(device) != _HOPPER:
+        return ops
+    return replace(ops, attention=flash_attention.attention)
 
 
 def with_block_sparse_attention(ops: OpSet, device: str) -> OpSet:

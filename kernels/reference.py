@@ -5,12 +5,13 @@ the dtype of the first argument. No operation writes to its inputs.
 
 Shape suffixes: B batch, T tokens, S keys, D channels of a token, H heads, K channels of a head, P = K/2,
 N distinct timesteps of a sample. A size of 1 at B broadcasts. Of a linear layer: M rows of input, D channels in, N out.
-Of block-sparse attention: Q blocks of queries, N blocks of keys that each of them sees.
+Of block-sparse attention: Q blocks of queries, N blocks of keys, or of those that each block of queries sees.
 Of pictures: C channels, F frames, H height, W width, R = 3H/2 rows of bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,9 @@ FP8_MAX = 448.0
 
 BLOCK_TOKENS = 128
 """Queries, and keys, of a block of block-sparse attention."""
+
+# Logits of so many heads are held at a time: at 32,640 keys, 0.13 GB in bfloat16 and twice that in float32.
+_HEADS_AT_A_TIME = 8
 
 
 def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,6 +71,36 @@ def block_sparse_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_
         k_BHLK, v_BHLK = (x_BHSK.gather(2, index_BHLK) for x_BHSK in (k_BHSK, v_BHSK))
         mixed.append(attention(q_BHLK, k_BHLK, v_BHLK, bias_BH1L if padding else None))
     return torch.cat(mixed, dim=2)
+
+
+def block_promise(q_BHTK: Tensor, k_BHSK: Tensor) -> Tensor:
+    """log of the sum over a block's keys of exp(q k / sqrt(K)), for each block's mean query, float32 (B, H, Q, N).
+
+    N is all blocks of keys, and a last block that is short has fewer queries to its mean and fewer keys to its sum. The
+    mean is rounded to the dtype of q once it is divided by sqrt(K), and so are its products with the keys, which a
+    faster version may leave in float32.
+    """
+    padding = -k_BHSK.shape[2] % BLOCK_TOKENS
+    promise = []
+    for q_BhTK, k_BhSK in zip(
+        q_BHTK.split(_HEADS_AT_A_TIME, dim=1), k_BHSK.split(_HEADS_AT_A_TIME, dim=1), strict=True
+    ):
+        mean_BhQK = (block_means(q_BhTK) / math.sqrt(q_BhTK.shape[-1])).to(q_BhTK.dtype)
+        logits_BhQS = mean_BhQK @ k_BhSK.transpose(2, 3)
+        if padding:
+            logits_BhQS = functional.pad(logits_BhQS, (0, padding), value=-torch.inf)
+        promise.append(logits_BhQS.float().unflatten(-1, (-1, BLOCK_TOKENS)).logsumexp(dim=-1))
+    return torch.cat(promise, dim=1)
+
+
+def block_means(x_BHTK: Tensor) -> Tensor:
+    """The mean of each block of tokens, float32 (B, H, Q, K); the last one's over as many as it has."""
+    num_whole = x_BHTK.shape[2] // BLOCK_TOKENS * BLOCK_TOKENS
+    whole, rest = x_BHTK[:, :, :num_whole], x_BHTK[:, :, num_whole:]
+    means = [whole.unflatten(2, (-1, BLOCK_TOKENS)).mean(dim=3, dtype=torch.float32)] if num_whole else []
+    if rest.shape[2]:
+        means.append(rest.mean(dim=2, keepdim=True, dtype=torch.float32))
+    return torch.cat(means, dim=2)
 
 
 def rms_norm(x_BTD: Tensor, eps: float) -> Tensor:

@@ -123,6 +123,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     # The bench times its denoiser as a peer.
     "xfuser": ("pipeline.parallel", "pipeline.bench.xdit"),
     "cudnn": ("kernels.block_sparse_attention",),
+    "flash_attn": ("kernels.flash_attention",),
     "safetensors": ("pipeline.model.checkpoint", "pipeline.engine.nano"),
     # The bench times it as a peer.
     "diffusers": ("pipeline.engine.components", "pipeline.engine.nano", "pipeline.bench.peers"),
@@ -157,7 +158,7 @@ FUNCTION_IMPORTS = {
     "pipeline.bench.xdit": "xfuser, which cannot be imported without an accelerator",
     "pipeline.parallel.xfuser_usp": "xfuser, which cannot be imported without an accelerator",
     "jobs.bench": "random weights and measuring: torch and the peers load only when there is something to do",
-    "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton; and a library that one tier needs",
+    "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton; and libraries of a gigabyte",
 }
 
 

@@ -20,6 +20,7 @@ from pipeline.engine.loading import MemoryBudget, load_engine
 from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
 from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.graphs import ON_CUDA, GraphedDenoiser, Recorder
 from pipeline.parallel.consent import GangConsent
 from pipeline.parallel.guidance import SpreadPasses
 from pipeline.parallel.layout import RankGroups
@@ -99,13 +100,27 @@ def _load(
     if device == "cuda" and job.model.size.has_audio:
         engine.denoiser.overlap_audio(torch.cuda.Stream())
     if groups is None:
-        return engine
+        return with_graphs(engine, job.cluster.graph_below_tokens) if device == "cuda" else engine
     engine.video_decoder.share_rows = partial(share_rows, axis=groups.world)
     assert isinstance(engine.denoiser, AudioVideoDenoiser), "it was just loaded"
     spread = engine.denoiser
     denoiser = SequenceParallelDenoiser(spread, groups, ops.attention_with_lse) if groups.tokens.size > 1 else spread
     spread_passes = SpreadPasses(groups.guidance)
     return replace(engine, denoiser=denoiser, spread=spread_passes, hands_out_frames=groups.is_leader)
+
+
+def with_graphs(engine: RenderEngine, below_tokens: int, recorder: Recorder = ON_CUDA) -> RenderEngine:
+    """The engine of one device, its calls of fewer video tokens replayed; as it is if parts of it wait on the host.
+
+    There memory is short, and weights may lie elsewhere at each stage.
+    """
+    if not below_tokens or engine.residency.waiting:
+        return engine
+    assert isinstance(engine.denoiser, AudioVideoDenoiser), "it was just loaded"
+    sparse = engine.shortcuts.sparse
+    in_force = None if sparse is None else sparse.in_force
+    graphs = GraphedDenoiser(engine.denoiser, below_tokens, in_force, recorder)
+    return replace(engine, denoiser=graphs, graphs=graphs)
 
 
 def _limit_gpu_memory(limit_gb: float, device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.ops import fused_ops, reference_ops
+from kernels.ops import BLOCK_TOKENS, fused_ops, reference_ops
 from kernels.rows import Modulation, ScaledRows
 from pipeline.bench.attention import measure_attention
 from pipeline.bench.ceilings import judged, measure_ceilings
@@ -81,6 +82,9 @@ def _cases(tokens: int, num_heads: int, head_dim: int, device: str) -> Iterator[
     yield _Case("gated_residual_norm_quantised", (x, branch, gate, None, modulation, _EPS), unit * 7 // 2)
     yield _Case("qk_norm_rope", (x, weight, rotary, num_heads, _EPS), 2 * unit + 2 * angle.nbytes)
     yield _Case("qk_norm_rope_interleaved", (x, weight, rotary, num_heads, _EPS), 2 * unit + 2 * angle.nbytes)
+    q, k = (each.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for each in (x, branch))
+    promised = 2.0 * math.ceil(tokens / BLOCK_TOKENS) * tokens * width
+    yield _Case("block_promise", (q, k), 2 * unit, promised)
     yield _Case("quantise_rows", (x,), unit * 3 // 2)
     yield _Case("gelu_quantised", (wide,), 6 * unit)
     yield _Case("linear_gelu", (x, up, bias), 5 * unit + up.nbytes, 2.0 * tokens * width * 4 * width)

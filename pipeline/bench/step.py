@@ -17,7 +17,7 @@ import torch
 from pipeline.bench.ceilings import Ceilings, judged, measure_ceilings
 from pipeline.bench.peers import PEERS
 from pipeline.bench.rows import Row, new_row
-from pipeline.bench.tiers import ABLATIONS, PLAIN, TIERS, Built, Case, Contestant, Step, Velocities, Weights
+from pipeline.bench.tiers import ABLATIONS, GRAPHED, PLAIN, TIERS, Built, Case, Contestant, Step, Velocities, Weights
 from pipeline.bench.timing import added_bytes, difference, failure_of, forget, in_turns, num_bytes, spread
 from pipeline.config.model import ModelConfig
 from pipeline.errors import UsageError
@@ -25,7 +25,7 @@ from pipeline.geometry import LatentShape
 from pipeline.planning.estimate import denoiser_flops
 
 DEFAULT = (*TIERS, *PEERS)
-KNOWN = {contestant.name: contestant for contestant in (*DEFAULT, *ABLATIONS)}
+KNOWN = {contestant.name: contestant for contestant in (*DEFAULT, *GRAPHED, *ABLATIONS)}
 _STREAMS = ("video", "audio")
 
 
@@ -106,7 +106,7 @@ def _entry(contestant: Contestant, built: Built, case: Case, device: str) -> tup
     (step,) = bound
     velocities = step()
     step_bytes = added_bytes(step, device)
-    facts: dict[str, Any] = {}
+    facts = built.facts()
     if kept_bytes is not None and step_bytes is not None:
         # Of this contestant alone: others lie beside it and share its weights.
         facts["peak_gpu_memory_bytes"] = num_bytes(built.module) + kept_bytes + step_bytes

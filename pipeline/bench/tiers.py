@@ -6,6 +6,7 @@ GPU beside each other.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from pipeline.geometry import LatentShape
 from pipeline.model.checkpoint import Sharding, build_on_meta, name_on_disk, set_tensor
 from pipeline.model.denoiser import AudioVideoDenoiser, Denoiser
 from pipeline.model.fp8 import use_fp8
+from pipeline.model.graphs import GraphedDenoiser
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.sparse_attention import use_sparse_attention
 from pipeline.model.streams import DistinctTimesteps, TokenStream
@@ -48,12 +50,14 @@ class Case:
 class Built(NamedTuple):
     """A contestant with its weights on the device. `bind` makes one step of a case, all that outlasts it prepared.
 
-    `attended` is the part of the video's self-attention that the step computes, the mean of all layers.
+    `attended` is the part of the video's self-attention that the step computes, the mean of all layers; `facts` are
+    what else is known after two steps.
     """
 
     module: nn.Module
     bind: Callable[[Case], Step]
     attended: Callable[[Case], float] = lambda case: 1.0
+    facts: Callable[[], dict[str, Any]] = dict
 
 
 class Weights:
@@ -185,6 +189,18 @@ def tier(
     return Contestant(name, fp8, build, _FLOAT8_BOUND if fp8 else _BOUND)
 
 
+def graphed_tier(name: str, ops: Callable[[str], OpSet], *, fp8: bool = False) -> Contestant:
+    """Our denoiser as `tier` has it, its step replayed as a CUDA graph, whatever its size; on a CPU there are none."""
+
+    def build(weights: Weights) -> Built:
+        denoiser = weights.denoiser(ops(weights.device), fp8=fp8)
+        _overlap_audio(denoiser, weights)
+        graphs = GraphedDenoiser(denoiser, below_tokens=sys.maxsize)
+        return Built(denoiser, partial(_bound, graphs, True), facts=lambda: {"capture_s": graphs.capture_s})
+
+    return Contestant(name, fp8, build, _FLOAT8_BOUND if fp8 else _BOUND)
+
+
 def _overlap_audio(denoiser: AudioVideoDenoiser, weights: Weights) -> None:
     if weights.device == "cuda" and weights.hparams.audio is not None:
         denoiser.overlap_audio(torch.cuda.Stream())
@@ -244,6 +260,7 @@ def _bound_sparse(denoiser: Denoiser, shortcuts: Shortcuts, case: Case) -> Step:
 
 # By what a step is timed without: operations that are the plain ones again.
 _GROUPS = {
+    "flash_attention": ("attention",),
     "norms": ("rms_norm", "modulated_rms_norm", "modulated_rms_norm_quantised"),
     "residuals": ("gated_residual", "gated_residual_norm", "gated_residual_norm_quantised"),
     "query_key_norms": ("qk_norm_rope",),
@@ -304,4 +321,5 @@ def tiers(spread: SpreadFn = on_one) -> tuple[Contestant, ...]:
 
 TIERS = tiers()
 PLAIN, *_ = TIERS
+GRAPHED = (graphed_tier("exact_graphed", fused_ops), graphed_tier("fp8_graphed", fused_ops, fp8=True))
 ABLATIONS = (*_ablations("exact", fp8=False), *_ablations("fp8", fp8=True))

@@ -50,6 +50,10 @@ class ClusterConfig:
     assumed_load_s: float = 20.0
     # A worker may use so much of its GPU's memory (1e9 bytes) and no more, to try what a smaller GPU would hold.
     gpu_memory_limit_gb: float | None = None
+    # A worker of one GPU that holds the whole model replays denoiser calls of fewer video tokens than this, all samples
+    # together, as CUDA graphs; 0: none. On one H200 a step of 640 tokens takes 0.197 s, nearly all of it Python's
+    # queueing; from 6,144 on the device is the limit. Clips are the same to the bit: it is no part of the content key.
+    graph_below_tokens: int = 4096
     # Every node sees `output` under the same path (NFS, say), so it may be a plain path on several nodes.
     shared_output: bool = False
 
@@ -67,6 +71,8 @@ class ClusterConfig:
         for name in ("gpu_memory_gb", "gpu_memory_limit_gb"):
             limit = getattr(self, name)
             require(limit is None or limit > 0, f"cluster.{name}", "above 0", limit, "leave it out")
+        below = self.graph_below_tokens
+        require(below >= 0, "cluster.graph_below_tokens", "0 or more", below, "0 captures none")
         per_node = self.gpus_per_node
         require(per_node is None or per_node >= 1, "cluster.gpus_per_node", "1 or more", per_node, "leave it out")
         for name in ("assumed_cpu_tflops", "assumed_gpu_tflops", "assumed_link_gb_per_s", "assumed_load_s"):

@@ -48,6 +48,7 @@ from pipeline.errors import DeviceBroken, OutOfMemory, UsageError
 from pipeline.geometry import SPATIAL_CELL_PX, LatentShape, PixelShape, RenderShape, latent_shape
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.denoiser import Denoiser
+from pipeline.model.graphs import GraphedDenoiser
 from pipeline.records.frames import YuvFrames
 from pipeline.records.request import RenderRequest
 from pipeline.records.work import MEMORY_RUNGS
@@ -125,6 +126,8 @@ class RenderEngine:
     spread: PassSpread = compute_all
     # What the precision tier leaves out of steps.
     shortcuts: Shortcuts = NO_SHORTCUTS
+    # If small steps are replayed: the denoiser above, whose graphs are given up where memory is short.
+    graphs: GraphedDenoiser | None = None
     # From a clip's seed to its noise.
     noise_for: Callable[[int], NoiseSource] = seeded_noise
     # If not, frames are decoded, checked and counted, and their pictures stay on the device: others take theirs.
@@ -293,6 +296,8 @@ class RenderEngine:
     def _make_room(self, memory_rung: str) -> int:
         """Do what the rung and those before it say; returns the latent frames of a decoded chunk."""
         rung = MEMORY_RUNGS.index(memory_rung)
+        if self.graphs is not None:
+            self.graphs.allow(rung == 0)
         if rung >= MEMORY_RUNGS.index("offload"):
             self.residency.tighten()
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from pipeline.model.streams import Conditioning, Perturbation, TokenStream
 from pipeline.model.token_order import TILE, TokenOrder, tile_order
 
 log = logging.getLogger("pipeline.engine")
+
+NUM_KEPT_STAGES = 4
+"""Shapes whose order and pattern are kept from clip to clip, the least recently used out first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +47,26 @@ class SparseSettings:
     density: float
     dense_below_tokens: int
     dense_above_level: float
+    _begun: dict[LatentShape, SparseStage] = field(default_factory=dict)
 
     def begin(self, shape: LatentShape, positions_1AT2: Tensor) -> SparseStage | None:
-        """For a stage with video tokens at these positions, those of appended pictures last; None if too few."""
-        num_tokens, device = positions_1AT2.shape[2], positions_1AT2.device
+        """For a stage with video tokens at these positions, those of appended pictures last; None if too few.
+
+        Stages of one shape are one object, where the shape says all: what was captured under its pattern serves again.
+        """
+        num_tokens = positions_1AT2.shape[2]
         if num_tokens < self.dense_below_tokens:
             return None
+        if num_tokens > shape.num_video_tokens:
+            return self._made(shape, positions_1AT2)
+        stage = self._begun.pop(shape, None) or self._made(shape, positions_1AT2)
+        self._begun[shape] = stage
+        while len(self._begun) > NUM_KEPT_STAGES:
+            self._begun.pop(next(iter(self._begun)))
+        return stage
+
+    def _made(self, shape: LatentShape, positions_1AT2: Tensor) -> SparseStage:
+        num_tokens, device = positions_1AT2.shape[2], positions_1AT2.device
         order = clip_order(shape, num_tokens, device)
         unit_A = torch.tensor((TEMPORAL_CELL_FRAMES / shape.fps, SPATIAL_CELL_PX, SPATIAL_CELL_PX), device=device)
         places_TA = positions_1AT2[0].mean(dim=-1).T / unit_A / torch.tensor(TILE, device=device)

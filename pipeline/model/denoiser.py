@@ -215,29 +215,28 @@ class AudioVideoDenoiser(nn.Module):
         # Skips are made and dropped block by block on the caller's side, so then audio stays there too; and so it does
         # for `others`, which looks at both streams.
         lane = self._audio_lane if video is not None and perturbations is None and others is None else INLINE
-        lane.follow()
-        video_state = _enter(self.video, video, audio, conditioning.video)
-        with lane.work():
-            audio_state = _enter(self.audio, audio, video, conditioning.audio)
+        with lane.beside():
+            video_state = _enter(self.video, video, audio, conditioning.video)
+            with lane.work():
+                audio_state = _enter(self.audio, audio, video, conditioning.audio)
 
-        def run(states: StatePair, first: int, end: int) -> StatePair:
-            for index in range(first, end):
-                skips = NO_SKIPS
-                if perturbations is not None:
-                    skips = skips_of_block(perturbations, index, self.video.embed.weight.device)
-                states = self.blocks[index](*states, skips, lane)
-            return states
+            def run(states: StatePair, first: int, end: int) -> StatePair:
+                for index in range(first, end):
+                    skips = NO_SKIPS
+                    if perturbations is not None:
+                        skips = skips_of_block(perturbations, index, self.video.embed.weight.device)
+                    states = self.blocks[index](*states, skips, lane)
+                return states
 
-        entered, num_blocks = (video_state, audio_state), len(self.blocks)
-        if others is None:
-            video_state, audio_state = run(entered, 0, num_blocks)
-        else:
-            after_first = run(entered, 0, 1)
-            video_state, audio_state = others(entered, after_first, lambda: run(after_first, 1, num_blocks))
-        video_BTC = _leave(self.video, video_state)
-        with lane.work():
-            audio_BTC = _leave(self.audio, audio_state)
-        lane.join()
+            entered, num_blocks = (video_state, audio_state), len(self.blocks)
+            if others is None:
+                video_state, audio_state = run(entered, 0, num_blocks)
+            else:
+                after_first = run(entered, 0, 1)
+                video_state, audio_state = others(entered, after_first, lambda: run(after_first, 1, num_blocks))
+            video_BTC = _leave(self.video, video_state)
+            with lane.work():
+                audio_BTC = _leave(self.audio, audio_state)
         return video_BTC, audio_BTC
 
     def overlap_audio(self, stream: torch.cuda.Stream | None) -> None:

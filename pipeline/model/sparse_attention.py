@@ -17,16 +17,13 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from kernels.ops import BLOCK_TOKENS, AttentionFn, BlockSparseAttentionFn, OpSet
+from kernels.ops import AttentionFn, BlockPromiseFn, OpSet, block_means
 from pipeline.model.block import AudioVideoBlock
 from pipeline.model.denoiser import AudioVideoDenoiser
 
 NUM_NEAREST = 5
 """Blocks that a block always sees because they are near it, itself among them."""
-# Scores of so many heads are held at a time: at 32,640 keys and 8 heads, 0.13 GB in bfloat16 and twice that in float32.
-_HEADS_AT_A_TIME = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,50 +49,26 @@ def block_pattern(places_TA: Tensor, is_first_T: Tensor, density: float) -> Bloc
     Each block sees `density` of them, rounded up; in short clips more, because what is always seen may be half of it
     at most: the rest is for the content.
     """
-    places_QA = _pooled(places_TA[None, None])[0, 0]
+    places_QA = block_means(places_TA[None, None])[0, 0]
     num_blocks = len(places_QA)
     nearest_QN = torch.cdist(places_QA, places_QA).topk(min(NUM_NEAREST, num_blocks), largest=False).indices
-    holds_first_N = _pooled(is_first_T.float()[None, None, :, None])[0, 0, :, 0] > 0
+    holds_first_N = block_means(is_first_T.float()[None, None, :, None])[0, 0, :, 0] > 0
     always_QN = holds_first_N.repeat(num_blocks, 1).scatter(1, nearest_QN, True)
     most = int(always_QN.sum(dim=1).max())
     num_seen = min(num_blocks, max(math.ceil(density * num_blocks), 2 * most))
     return BlockPattern(len(places_TA), num_seen, always_QN)
 
 
-def seen_blocks(q_BHTK: Tensor, k_BHSK: Tensor, pattern: BlockPattern) -> Tensor:
-    """The blocks of keys that each block of queries sees, int32 (B, H, Q, N of `num_seen`), in no order."""
-    promise_BHQN = block_promise(q_BHTK, k_BHSK).masked_fill(pattern.always_QN, torch.inf)
-    return promise_BHQN.topk(pattern.num_seen, sorted=False).indices.int()
+def seen_blocks(q_BHTK: Tensor, k_BHSK: Tensor, pattern: BlockPattern, promise: BlockPromiseFn) -> Tensor:
+    """The blocks of keys that each block of queries sees, int32 (B, H, Q, N of `num_seen`), in no order.
 
-
-def block_promise(q_BHTK: Tensor, k_BHSK: Tensor) -> Tensor:
-    """log of the sum of exp(q k / sqrt(K)) over a block's keys, for each block's mean query: (B, H, Q, N), float32.
-
-    Queries are pooled and keys are not: a few keys that all queries look at (sinks, outliers) are 1/128 of the mean of
-    their block, and attention without them is another attention. tests/engine/test_block_choice.py has the numbers. It
-    costs 1/128 of the dense product of queries and keys.
+    What a block of keys promises is its share of the softmax of a block's mean query. Queries are pooled and keys are
+    not: a few keys that all queries look at (sinks, outliers) are 1/128 of the mean of their block, and attention
+    without them is another attention. tests/engine/test_block_choice.py has the numbers. It costs 1/128 of the dense
+    product of queries and keys.
     """
-    padding = -k_BHSK.shape[2] % BLOCK_TOKENS
-    promise = []
-    for q_BhTK, k_BhSK in zip(
-        q_BHTK.split(_HEADS_AT_A_TIME, dim=1), k_BHSK.split(_HEADS_AT_A_TIME, dim=1), strict=True
-    ):
-        mean_BhQK = (_pooled(q_BhTK) / math.sqrt(q_BhTK.shape[-1])).to(q_BhTK.dtype)
-        logits_BhQS = mean_BhQK @ k_BhSK.transpose(2, 3)
-        if padding:
-            logits_BhQS = functional.pad(logits_BhQS, (0, padding), value=-torch.inf)
-        promise.append(logits_BhQS.float().unflatten(-1, (-1, BLOCK_TOKENS)).logsumexp(dim=-1))
-    return torch.cat(promise, dim=1)
-
-
-def _pooled(x_BHTK: Tensor) -> Tensor:
-    """The mean of each block, float32; the last one's over as many as it has."""
-    num_whole = x_BHTK.shape[2] // BLOCK_TOKENS * BLOCK_TOKENS
-    whole, rest = x_BHTK[:, :, :num_whole], x_BHTK[:, :, num_whole:]
-    means = [whole.unflatten(2, (-1, BLOCK_TOKENS)).mean(dim=3, dtype=torch.float32)] if num_whole else []
-    if rest.shape[2]:
-        means.append(rest.mean(dim=2, keepdim=True, dtype=torch.float32))
-    return torch.cat(means, dim=2)
+    promise_BHQN = promise(q_BHTK, k_BHSK).masked_fill(pattern.always_QN, torch.inf)
+    return promise_BHQN.topk(pattern.num_seen, sorted=False).indices.int()
 
 
 class PatternInForce:
@@ -123,16 +96,17 @@ class SparseAttention:
     It fits if it is for as many tokens and nothing is hidden or weighed by a bias.
     """
 
-    def __init__(self, dense: AttentionFn, sparse: BlockSparseAttentionFn, in_force: PatternInForce) -> None:
+    def __init__(self, dense: AttentionFn, ops: OpSet, in_force: PatternInForce) -> None:
         self._dense = dense
-        self._sparse = sparse
+        self._sparse = ops.block_sparse_attention
+        self._promise = ops.block_promise
         self._in_force = in_force
 
     def __call__(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
         pattern = self._in_force.pattern
         if pattern is None or bias is not None or k_BHSK.shape[2] != pattern.num_tokens:
             return self._dense(q_BHTK, k_BHSK, v_BHSK, bias)
-        return self._sparse(q_BHTK, k_BHSK, v_BHSK, seen_blocks(q_BHTK, k_BHSK, pattern))
+        return self._sparse(q_BHTK, k_BHSK, v_BHSK, seen_blocks(q_BHTK, k_BHSK, pattern, self._promise))
 
 
 def use_sparse_attention(denoiser: AudioVideoDenoiser, layers: Iterable[int], ops: OpSet) -> PatternInForce:
@@ -140,5 +114,5 @@ def use_sparse_attention(denoiser: AudioVideoDenoiser, layers: Iterable[int], op
     in_force = PatternInForce()
     for layer in layers:
         attention = cast(AudioVideoBlock, denoiser.blocks[layer]).video.self_attention
-        attention.attend = SparseAttention(attention.attend, ops.block_sparse_attention, in_force)
+        attention.attend = SparseAttention(attention.attend, ops, in_force)
     return in_force

@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from kernels.ops import reference_ops
 from pipeline.bench.structured_heads import kept_mass, sampled_queries, statistics, structured_heads
 from pipeline.engine.latents import video_positions
 from pipeline.engine.shortcuts import SparseSettings
@@ -45,7 +46,8 @@ def main() -> None:
         stage = SparseSettings(PatternInForce(), density, 0, 1.0).begin(shape, video_positions(shape, device="cpu"))
         assert stage is not None
         q_BHTK, k_BHTK = (x_BHTK[:, :, stage.order.source_T] for x_BHTK in (heads.q_BHTK, heads.k_BHTK))
-        mass_HS = kept_mass(q_BHTK, k_BHTK, seen_blocks(q_BHTK, k_BHTK, stage.pattern), queries_S)
+        seen_BHQN = seen_blocks(q_BHTK, k_BHTK, stage.pattern, reference_ops().block_promise)
+        mass_HS = kept_mass(q_BHTK, k_BHTK, seen_BHQN, queries_S)
         blocks = f"{stage.pattern.num_seen}/{len(stage.pattern.always_QN)}"
         sys.stdout.write(f"{density:<8} {blocks:<8} {mass_HS.mean():.4f}     {numbers(mass_HS.mean(dim=1))}\n")
 

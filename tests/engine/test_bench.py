@@ -20,6 +20,7 @@ from pipeline.bench.step import KNOWN, chosen, measure_steps
 from pipeline.bench.tiers import (
     ABLATIONS,
     FAST,
+    GRAPHED,
     PLAIN,
     TIERS,
     Built,
@@ -88,6 +89,14 @@ def test_every_tier_and_peer_computes_the_plain_velocities_and_is_timed() -> Non
     assert facts["plain"]["difference"]["video"]["relative"] == 0
     assert 0 < facts["diffusers"]["difference"]["video"]["relative"] < 0.02
     assert 0.005 < facts["fp8"]["difference"]["audio"]["relative"] < 0.15
+
+
+def test_replayed_tiers_are_named_only_and_on_a_cpu_are_the_tiers() -> None:
+    assert [contestant.name for contestant in GRAPHED] == ["exact_graphed", "fp8_graphed"]
+    assert not set(GRAPHED) & set(chosen(None)) and chosen(["exact_graphed"]) == GRAPHED[:1]
+    facts = measured(TIERS[1], GRAPHED[0])
+    assert facts["exact_graphed"]["capture_s"] is None
+    assert facts["exact_graphed"]["difference"] == facts["exact"]["difference"]
 
 
 def sparse_from_the_first_token(*, density: float = 0.3) -> Contestant:
@@ -243,7 +252,7 @@ def test_an_unknown_contestant_is_refused_with_the_known() -> None:
     with pytest.raises(UsageError, match=r"contestants must be of plain, exact, fp8, fast, diffusers.*got fastest"):
         chosen(["exact", "fastest"])
     assert [contestant.name for contestant in chosen(["fp8", "plain"])] == ["fp8", "plain"]
-    assert len(KNOWN) == len(TIERS) + len(PEERS) + len(ABLATIONS)
+    assert len(KNOWN) == len(TIERS) + len(PEERS) + len(GRAPHED) + len(ABLATIONS)
 
 
 def test_a_case_has_the_tokens_of_its_shape() -> None:

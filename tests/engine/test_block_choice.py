@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,9 +25,10 @@ from pipeline.model.sparse_attention import (
     BlockPattern,
     PatternInForce,
     SparseAttention,
-    block_promise,
     seen_blocks,
 )
+
+block_promise = reference_ops().block_promise
 
 # Both stages of 1920x1088, 121 frames.
 HALF, FULL = (16, 17, 30), (16, 34, 60)
@@ -58,7 +60,8 @@ def is_enough(mass_H: torch.Tensor) -> bool:
 def shipped_mass(heads: StructuredHeads, stage: SparseStage) -> torch.Tensor:
     """By head."""
     q_BHTK, k_BHTK = ordered(heads, stage)
-    return kept_mass(q_BHTK, k_BHTK, seen_blocks(q_BHTK, k_BHTK, stage.pattern), sampled_queries(heads)).mean(dim=1)
+    seen_BHQN = seen_blocks(q_BHTK, k_BHTK, stage.pattern, block_promise)
+    return kept_mass(q_BHTK, k_BHTK, seen_BHQN, sampled_queries(heads)).mean(dim=1)
 
 
 @pytest.fixture(scope="module", params=SEEDS)
@@ -93,7 +96,7 @@ def test_the_shipped_density_is_not_below_the_least(stage):
 def test_raster_order_keeps_less(heads, stage):
     """Same number of blocks, same rule: only what is in a block differs."""
     pattern = BlockPattern(stage.pattern.num_tokens, stage.pattern.num_seen, in_raster_order(stage))
-    seen = seen_blocks(heads.q_BHTK, heads.k_BHTK, pattern)
+    seen = seen_blocks(heads.q_BHTK, heads.k_BHTK, pattern, block_promise)
     mass_H = kept_mass(heads.q_BHTK, heads.k_BHTK, seen, sampled_queries(heads)).mean(dim=1)
     assert not is_enough(mass_H) and mass_H.mean() < shipped_mass(heads, stage).mean() - 0.015, mass_H
 
@@ -162,7 +165,7 @@ def test_every_block_sees_itself_its_neighbours_and_the_first_frame_and_as_many_
     count_Q = pattern.always_QN.sum(dim=1)
     assert count_Q.min() >= NUM_NEAREST and 2 * count_Q.max() <= pattern.num_seen
     q_BHTK, k_BHTK = torch.randn(2, 2, 3, 8160, 16)
-    seen_BHQN = seen_blocks(q_BHTK, k_BHTK, pattern)
+    seen_BHQN = seen_blocks(q_BHTK, k_BHTK, pattern, block_promise)
     assert seen_BHQN.dtype == torch.int32 and seen_BHQN.shape == (2, 3, num_blocks, pattern.num_seen)
     by_block = torch.zeros(2, 3, num_blocks, num_blocks).scatter_add_(3, seen_BHQN.long(), torch.ones(seen_BHQN.shape))
     assert by_block.max() == 1, "none twice"
@@ -172,7 +175,8 @@ def test_every_block_sees_itself_its_neighbours_and_the_first_frame_and_as_many_
 def test_full_density_sees_every_block():
     pattern = stage_of((3, 9, 11), 1.0).pattern
     q_BHTK = torch.randn(1, 2, 297, 16)
-    assert seen_blocks(q_BHTK, q_BHTK, pattern).sort().values.tolist() == [[[[0, 1, 2]] * 3] * 2]
+    seen_BHQN = seen_blocks(q_BHTK, q_BHTK, pattern, block_promise)
+    assert seen_BHQN.sort().values.tolist() == [[[[0, 1, 2]] * 3] * 2]
 
 
 def test_in_a_short_clip_what_is_always_seen_is_half_at_most():
@@ -201,7 +205,8 @@ def test_what_the_pattern_does_not_fit_is_dense(why):
         raise AssertionError("sparse")
 
     in_force = PatternInForce()
-    attend = SparseAttention(reference_ops().attention, refuse, in_force)
+    ops = replace(reference_ops(), block_sparse_attention=refuse, block_promise=refuse)
+    attend = SparseAttention(ops.attention, ops, in_force)
     pattern = stage_of((3, 9, 11), 0.3).pattern
     num_tokens = 128 if why == "another length" else 297
     q, bias = torch.randn(1, 2, num_tokens, 16), torch.zeros(1, 1, 1, num_tokens) if why == "a bias" else None

@@ -54,7 +54,7 @@ def test_planned_operations_of_sparse_attention_are_those_of_the_slot() -> None:
     assert stage is not None
     q, k, v = (torch.randn(1, num_heads, shape.num_video_tokens, channels) for _ in range(3))
     ops = reference_ops()
-    slot = SparseAttention(ops.attention, ops.block_sparse_attention, stage.in_force)
+    slot = SparseAttention(ops.attention, ops, stage.in_force)
     # The counter does not know the fused attention of the CPU; written out, attention is products like any other.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, stage.in_force.during(stage.pattern):
         slot(q, k, v, None)

@@ -16,7 +16,27 @@ if DEVICE == "cpu":
 
 
 @pytest.fixture
-def device() -> str:
+def device(monkeypatch) -> str:
     """Skips where there is no Triton: it is made for Linux only."""
     pytest.importorskip("triton", reason="Triton is made for Linux only")
+    if DEVICE == "cpu":
+        multiply_numbers_of_bfloat16(monkeypatch)
     return DEVICE
+
+
+def multiply_numbers_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as integers of the same bits, and its matrix product multiplies the integers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: plain(self, widened(a), widened(b), *rest)
+    )

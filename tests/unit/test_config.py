@@ -54,6 +54,7 @@ def refused(*arguments: str) -> str:
         ("parallel.ulysses=0", "parallel.ulysses must be 1 or more, got 0"),
         ("cluster.gpus_per_node=0", "cluster.gpus_per_node must be 1 or more, got 0"),
         ("cluster.assumed_link_gb_per_s=0", "cluster.assumed_link_gb_per_s must be above 0"),
+        ("cluster.graph_below_tokens=-1", "cluster.graph_below_tokens must be 0 or more, got -1"),
         ("precision.kernels=fastest", "precision.kernels must be fused or reference"),
         ("precision.attention=sparse", "precision.attention must be exact or block_sparse, got 'sparse'"),
         ("precision.attention_density=0.2", "attention_density must be between 0.25 and 1, got 0.2"),

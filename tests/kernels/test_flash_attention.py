@@ -1,0 +1,107 @@
+"""Which library attends to which shape; and on a GPU, that FlashAttention-4 computes the reference."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+from kernels import ops, reference
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Our module over a library that computes the reference and notes what it was given."""
+    given = []
+
+    def flash_attn_func(q, k, v):
+        given.append((tuple(q.shape), tuple(k.shape)))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return reference.attention(q, k, v, None).transpose(1, 2).contiguous(), None
+
+    library = types.ModuleType("flash_attn.cute")
+    library.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", library)
+    monkeypatch.delitem(sys.modules, "kernels.flash_attention", raising=False)
+    from kernels import flash_attention
+
+    yield flash_attention, given
+    # The next test must not find a module over a library that is not there.
+    sys.modules.pop("kernels.flash_attention", None)
+    del sys.modules["kernels"].flash_attention
+
+
+def drawn(num_queries, num_keys, channels=64, dtype=torch.bfloat16, device="cpu"):
+    draw = torch.Generator(device).manual_seed(7)
+    # As the model lays them out: heads inside a token.
+    return [
+        torch.randn(2, num, 3, channels, generator=draw, device=device).to(dtype).transpose(1, 2)
+        for num in (num_queries, num_keys, num_keys)
+    ]
+
+
+def test_long_attention_goes_to_the_library_token_by_token(flash):
+    module, given = flash
+    q, k, v = drawn(2100, 600)
+    mixed = module.attention(q, k, v, None)
+    assert given == [((2, 2100, 3, 64), (2, 600, 3, 64))]
+    assert mixed.shape == q.shape and mixed.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(mixed, reference.attention(q, k, v, None))
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "channels", "dtype", "with_bias"),
+    [
+        (2100, 600, 64, torch.bfloat16, True),  # the library knows no bias
+        (2100, 600, 64, torch.float32, False),  # nor float32
+        (2100, 600, 48, torch.bfloat16, False),
+        (126, 2100, 64, torch.bfloat16, False),
+        (2100, 126, 64, torch.bfloat16, False),
+    ],
+)
+def test_all_else_stays_with_torch(flash, num_queries, num_keys, channels, dtype, with_bias):
+    module, given = flash
+    q, k, v = drawn(num_queries, num_keys, channels, dtype)
+    bias = torch.zeros(1, 1, num_queries, num_keys, dtype=dtype) if with_bias else None
+    torch.testing.assert_close(module.attention(q, k, v, bias), reference.attention(q, k, v, bias))
+    assert not given
+
+
+def test_each_shape_says_once_who_attends_to_it(flash, caplog):
+    module, _ = flash
+    with caplog.at_level(logging.INFO, logger="kernels.flash_attention"):
+        for num_keys in (600, 600, 64):
+            module.attention(*drawn(2100, num_keys), None)
+    facts = [record.facts for record in caplog.records]
+    assert [(fact["keys"], fact["library"]) for fact in facts] == [(600, "flash-attn-4"), (64, "cudnn")]
+
+
+def test_without_the_library_operations_are_as_they_were_and_it_is_said(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.delitem(sys.modules, "kernels.flash_attention", raising=False)
+    given = ops.reference_ops()
+    with caplog.at_level(logging.INFO, logger="kernels.ops"):
+        assert ops._with_flash_attention(given, "cuda") is given
+    assert caplog.records[0].facts["library"] == "cudnn"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; run make test-gpu on a machine with one")
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(2048, 512), (2100, 1024), (8160, 8160), (8160, 1024)])
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_on_a_gpu_is_the_reference(num_queries, num_keys, channels, dtype):
+    pytest.importorskip("flash_attn.cute", reason="needs the extra `flash`")
+    from kernels import flash_attention
+
+    q, k, v = drawn(num_queries, num_keys, channels, dtype, "cuda")
+    assert flash_attention._is_for_flash(num_queries, num_keys, channels)
+    got = flash_attention.attention(q, k, v, None)
+    expected = reference.attention(*(x.float() for x in (q, k, v)), None)
+    assert got.dtype == dtype
+    error = (got.float() - expected).norm() / expected.norm()
+    assert error < {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
