@@ -60,11 +60,13 @@ test-multi-gpu: setup ## run the tests that need one GPU or several of one host
 BENCH_MODEL ?= ltx2_19b_distilled
 BENCH_FOLDER ?= outputs/bench/$(BENCH_MODEL)
 BENCH_LAYOUTS ?= single auto
+BENCH_GANGS ?= ulysses2,ring2,tensor2
 BENCH := $(BIN)/python -m jobs.bench
 OF_FILES = model=$(BENCH_MODEL) folder=$(BENCH_FOLDER)
 
-bench: setup ## measure on the GPUs of this host, into tests/bench/results; BENCH_MODEL, BENCH_FOLDER, BENCH_LAYOUTS
+bench: setup ## measure on the GPUs of this host, into tests/bench/results; BENCH_MODEL, BENCH_FOLDER, BENCH_LAYOUTS, BENCH_GANGS
 	-$(BENCH) step model=$(BENCH_MODEL)
+	-[ $$(nvidia-smi -L | wc -l) -lt 2 ] || $(BENCH) gang model=$(BENCH_MODEL) 'layouts=[$(BENCH_GANGS)]' 'shapes=[960x544x121,1920x1088x121]'
 	-$(BENCH) decode model=$(BENCH_MODEL)
 	-$(BENCH) kernel model=$(BENCH_MODEL) 'shapes=[960x544x121,1920x1088x121]'
 	-$(BENCH) kernel model=ltxv_2b_distilled 'shapes=[1920x1088x257]'

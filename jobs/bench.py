@@ -1,10 +1,11 @@
-"""Measure: `python -m jobs.bench write|clip|batch|latency|step|decode|kernel|encode|table [key=value ...]`.
+"""Measure: `python -m jobs.bench write|clip|batch|latency|step|gang|decode|kernel|encode|table [key=value ...]`.
 
 `write` makes a model's files from random numbers in the published layout and size; `clip` renders one clip with them,
 or with the real ones, through `jobs.render` on Ray, `batch` as many as `num_clips`. `step`, `decode`, `kernel` and
 `latency` draw their weights themselves and time our tiers, our peers, each kernel, and whole clips of a worker that has
-its model, beside what the device can do; `encode` times x264. Each adds dated rows, with hardware and versions, to a
-file of its name in `results`; `table` prints the README's table of them.
+its model, beside what the device can do; `gang` times tiers and peers on several GPUs of this host beside one; `encode`
+times x264. Each adds dated rows, with hardware and versions, to a file of its name in `results`; `table` prints the
+README's table of them.
 """
 
 from __future__ import annotations
@@ -254,6 +255,19 @@ def step(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     return _record(job, measure_steps(section, job.model, shapes, chosen(job.contestants), best_device()))
 
 
+def gang(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Time one denoiser step, and the decoding, of a clip that is spread over several GPUs of this host."""
+    _refuse("gang", others)
+    shapes = {name: latent_shape(clip) for name, clip in _clips(job, SHAPES).items()}
+    from pipeline.bench.gang import gang_jobs, measure_gangs
+    from pipeline.engine.random_weights import best_device
+
+    config = _metadata(job.model)
+    return _record(
+        job, measure_gangs(gang_jobs(config, job.model, shapes, job.layouts, job.contestants, best_device()))
+    )
+
+
 def decode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time the decoding of a latent by each way there is."""
     _refuse("decode", others)
@@ -331,7 +345,9 @@ def _record(job: BenchJob, rows: Iterable[Row]) -> int:
     errors = 0
     for row in rows:
         append(Path(job.results), row)
-        sys.stdout.write(f"{row['shape']} ceilings: {json.dumps(row['ceilings'])}\n")
+        for what in ("layout", "ceilings", "exchanges"):
+            if what in row:
+                sys.stdout.write(f"{row['shape']} {what}: {json.dumps(row[what])}\n")
         for name, facts in row["contestants"].items():
             sys.stdout.write(f"{row['shape']} {name}: {json.dumps(facts)}\n")
             errors += "error" in facts
@@ -339,7 +355,8 @@ def _record(job: BenchJob, rows: Iterable[Row]) -> int:
 
 
 WHAT: dict[str, Callable[[BenchJob, list[str], list[str]], int]] = {
-    "write": write, "clip": clip, "batch": batch, "latency": latency, "step": step, "decode": decode, "kernel": kernel,
+    "write": write, "clip": clip, "batch": batch, "latency": latency, "step": step, "gang": gang, "decode": decode,
+    "kernel": kernel,
     "encode": encode, "table": table,
 }  # fmt: skip
 

@@ -71,7 +71,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # encodes as a worker does; sums up what a run left.
     "pipeline.bench": {"pipeline.config", "pipeline.errors", "pipeline.geometry", "pipeline.engine", "pipeline.model",
                        "pipeline.planning.estimate", "pipeline.planning.sparsity", "pipeline.records.frames",
-                       "pipeline.records.outcome", "pipeline.media", "kernels"},
+                       "pipeline.records.outcome", "pipeline.media", "kernels",
+                       # Spreads a clip as a gang of workers does.
+                       "pipeline.parallel", "pipeline.records.parallel", "pipeline.records.gang"},
     # Times clips as customers get them: a worker's own assembly, with a store in a folder, of requests made here.
     "pipeline.bench.latency": {"pipeline.bench", "pipeline.assembly.worker_side", "pipeline.cluster.assignment",
                                "pipeline.config", "pipeline.cost.meter", "pipeline.cost.pricing", "pipeline.engine",
@@ -124,7 +126,8 @@ FENCES: dict[str, tuple[str, ...]] = {
         "pipeline.bench",
     ),
     "torch.distributed": ("pipeline.parallel",),
-    "xfuser": ("pipeline.parallel",),
+    # The bench times its denoiser as a peer.
+    "xfuser": ("pipeline.parallel", "pipeline.bench.xdit"),
     "cudnn": ("kernels.block_sparse_attention",),
     "flash_attn": ("kernels.flash_attention",),
     "safetensors": ("pipeline.model.checkpoint", "pipeline.engine.nano"),
@@ -157,6 +160,8 @@ FUNCTION_IMPORTS = {
     "pipeline.assembly.driver_side": "the worker factory and the Ray pool: torch loads in workers, ray when asked for",
     "pipeline.storage.clients": "the session of the S3 client: that loads only where there is a bucket",
     "jobs.stage_weights": "the nano builder: torch loads only when there is something to build",
+    "pipeline.bench.gang_entrants": "the peer that needs GPUs, with diffusers: ranks without it start sooner",
+    "pipeline.bench.xdit": "xfuser, which cannot be imported without an accelerator",
     "pipeline.parallel.xfuser_usp": "xfuser, which cannot be imported without an accelerator",
     "jobs.bench": "random weights and measuring: torch and the peers load only when there is something to do",
     "kernels.ops": "the Triton kernels: torch for the CPU comes without Triton; and libraries of a gigabyte",

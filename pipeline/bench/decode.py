@@ -29,7 +29,7 @@ from pipeline.model.hparams import DenoiserHparams
 from pipeline.records.frames import YuvFrames
 
 # What published recipes tell decoders that ask for it.
-_DECODE_TIMESTEP = 0.05
+DECODE_TIMESTEP = 0.05
 # Mean difference of bytes that other roundings to bfloat16 may make.
 _BOUND_LEVELS = 1.0
 _TILES = tiles_of_size(frames=(64, 24), height_px=(512, 64), width_px=(512, 64))
@@ -105,7 +105,7 @@ def measure_decodes(
 ) -> Iterator[Row]:
     """A row for each shape, as soon as it is measured. `config` is a file's metadata."""
     decoder = random_video_decoder(config["vae"], device)
-    noise = DecodeNoise(_DECODE_TIMESTEP) if decoder.takes_noise else None
+    noise = DecodeNoise(DECODE_TIMESTEP) if decoder.takes_noise else None
     video = DenoiserHparams.from_config(config["transformer"], has_audio=model.size.has_audio).video
     decoders = _decoders(decoder)
     for label, pixels in shapes.items():

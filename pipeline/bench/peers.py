@@ -35,21 +35,26 @@ _PUBLISHED = {
 
 
 def _build(weights: Weights, *, compiled: bool) -> Built:
-    model = on_meta(weights.section, weights.hparams)
-    ours = {name_on_disk(name): tensor.data for name, tensor in weights.plain.named_parameters()}
-    for name in list(model.state_dict()):
-        set_tensor(model, name, ours[published_name(name)])
-    model.eval().requires_grad_(False)
+    model = filled(weights)
     if compiled:
         # As diffusers documents it. A new shape is compiled anew: sizes left open would cost speed.
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    return Built(model, partial(_bound, model))
+    return Built(model, partial(bound, model))
 
 
-def on_meta(section: Mapping[str, Any], hparams: DenoiserHparams) -> Any:
-    """Their denoiser of a `transformer` section, with shapes only."""
+def filled(weights: Weights, kind: Any = None) -> Any:
+    """Their denoiser with our tensors; `kind` is somebody's own class of it, if it is not diffusers'."""
+    model = on_meta(weights.section, weights.hparams, kind)
+    ours = {name_on_disk(name): tensor.data for name, tensor in weights.plain.named_parameters()}
+    for name in list(model.state_dict()):
+        set_tensor(model, name, ours[published_name(name)])
+    return model.eval().requires_grad_(False)
+
+
+def on_meta(section: Mapping[str, Any], hparams: DenoiserHparams, kind: Any = None) -> Any:
+    """Their denoiser of a `transformer` section, with shapes only; `kind` as for `filled`."""
     is_ltx2 = hparams.family == "ltx2"
-    kind = LTX2VideoTransformer3DModel if is_ltx2 else LTXVideoTransformer3DModel
+    kind = kind or (LTX2VideoTransformer3DModel if is_ltx2 else LTXVideoTransformer3DModel)
     known = inspect.signature(kind.__init__).parameters
     options = {name: value for name, value in section.items() if name in known and name != "qk_norm"}
     if is_ltx2:
@@ -75,7 +80,7 @@ def published_name(name: str) -> str:
     return DENOISER_PREFIX + name
 
 
-def _bound(model: nn.Module, case: Case) -> Step:
+def bound(model: nn.Module, case: Case) -> Step:
     """A step as their pipelines for text alone call it: one timestep a sample, positions made beforehand."""
     video, audio, timestep = case.video, case.audio, case.video.sigma_B * 1000
     given: dict[str, Any] = {

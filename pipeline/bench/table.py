@@ -42,6 +42,8 @@ _BATCHES = ("batch", "clips", "recipe", "precision", "GPUs", "layouts", "wall", 
 _LATENCIES = ("warm clip", "recipe", "precision", "pictures", "seconds to the MP4, median (least to most)", "text",
               "denoise", "upsample", "decode", "encode (beside)", "video s per s", "peak GPU memory", "GPU capped at",
               "measured")  # fmt: skip
+_GANGS = ("one step on several GPUs", "layout", "contestant", "seconds, median (least to most)",
+          "times one GPU's speed", "cosine against one GPU", "weights a GPU", "measured")  # fmt: skip
 _ENCODES = ("encoding", "x264", "clip", "seconds, median (least to most)", "size", "measured")
 
 
@@ -65,6 +67,7 @@ def performance_table(results: Path) -> str:
     tables = [(_CLIPS, [*_clips(read(results, "clip"))]), (_STEPS, [*steps]), (_DECODES, [*decodes])]
     later = [
         (_LATENCIES, [*_latencies(read(results, "latency"))]),
+        (_GANGS, [*_gangs(read(results, "gang"))]),
         (_BATCHES, [*_batches(read(results, "batch"))]),
         (_ENCODES, [*_encodes(read(results, "encode"))]),
     ]
@@ -176,6 +179,21 @@ def _latency(facts: Row, pictures: str) -> tuple[str, ...]:
         return (seconds, *[""] * (len(_STAGES) + 2))
     stages = (f"{found[f'{stage}_s']:.2f} s" for stage in _STAGES)
     return seconds, *stages, f"{found['real_time_factor']:.2f}", _gigabytes(found["peak_gpu_memory_bytes"])
+
+
+def _gangs(rows: Iterable[Row]) -> Iterator[_Line]:
+    for row in rows:
+        for name, facts in row["contestants"].items() if _counts(row) else ():
+            model, shape, layout = row["model"], row["shape"], row["layout"]
+            seconds, *_ = _speed(facts)
+            # Of a time that means nothing there is no speed-up either.
+            faster = facts.get("speed_up") if "median_s" in facts else None
+            cosine = min((of["cosine"] for of in facts.get("against_alone", {}).values()), default=None)
+            cells = (
+                f"{model} {shape}", layout, f"`{name}`", seconds, "" if faster is None else f"{faster:.2f}",
+                "" if cosine is None else f"{cosine:.5f}", _gigabytes(facts.get("weights_bytes")), _measured(row),
+            )  # fmt: skip
+            yield _Line((model, shape, layout, name), cells)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[_Line]:

@@ -7,7 +7,7 @@ GPU beside each other.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from pipeline.engine.latents import audio_positions, video_positions
 from pipeline.engine.random_weights import random_value
 from pipeline.engine.shortcuts import NO_SHORTCUTS, Shortcuts, SparseSettings
 from pipeline.geometry import LatentShape
-from pipeline.model.checkpoint import build_on_meta, name_on_disk, set_tensor
+from pipeline.model.checkpoint import Sharding, build_on_meta, name_on_disk, set_tensor
 from pipeline.model.denoiser import AudioVideoDenoiser, Denoiser
 from pipeline.model.fp8 import use_fp8
 from pipeline.model.graphs import GraphedDenoiser
@@ -62,24 +62,41 @@ class Built(NamedTuple):
 
 
 class Weights:
-    """Random numbers for the denoiser of a `transformer` section, in bfloat16 and in float8."""
+    """Random numbers for the denoiser of a `transformer` section, in bfloat16 and in float8.
 
-    def __init__(self, section: Mapping[str, Any], model: ModelConfig, device: str) -> None:
-        self.section, self.device = section, device
+    With a `sharding` this device's share of them: each tensor is drawn whole, so that the numbers are those of one
+    device, and cut before the next one is. Then building a denoiser is collective.
+    """
+
+    def __init__(
+        self, section: Mapping[str, Any], model: ModelConfig, device: str, sharding: Sharding | None = None
+    ) -> None:
+        self.section, self.device, self._sharding = section, device, sharding
         self.hparams = DenoiserHparams.from_config(section, has_audio=model.size.has_audio)
         self.num_text_tokens = model.size.text_tokens
-        self.plain = build_on_meta(self.hparams, device_ops(device))
+        self.plain = self._on_meta((), device_ops(device))
         generator = torch.Generator(device).manual_seed(SEED)
         for name, tensor in list(self.plain.named_parameters()):
-            value = random_value(name_on_disk(name), tuple(tensor.shape), "BF16", {}, generator)
-            set_tensor(self.plain, name, value.to(device))
+            shape = tuple(tensor.shape)
+            value = random_value(name_on_disk(name), shape, "BF16", {}, generator).to(device)
+            if sharding is not None:
+                value = value[sharding.region(name, shape)].clone(memory_format=torch.contiguous_format)
+            set_tensor(self.plain, name, value)
+
+    def _on_meta(self, fp8_blocks: Container[int], ops: OpSet) -> AudioVideoDenoiser:
+        """A denoiser without values, or one that computes this device's share."""
+        denoiser = build_on_meta(self.hparams, ops)
+        use_fp8(denoiser, fp8_blocks, ops)
+        if self._sharding is not None:
+            self._sharding.fit(denoiser, ops)
+        return denoiser
 
     @cached_property
     def in_float8(self) -> AudioVideoDenoiser:
         """With float8 layers in the blocks that `precision=fp8` has them in; a toy of few blocks keeps fewer."""
         precision, ops = PrecisionConfig(), device_ops(self.device)
-        quantised = build_on_meta(self.hparams, ops)
-        use_fp8(quantised, self.layers_between(precision.keep_first_blocks, precision.keep_last_blocks), ops)
+        blocks = self.layers_between(precision.keep_first_blocks, precision.keep_last_blocks)
+        quantised = self._on_meta(blocks, ops)
         for name, tensor in self.plain.named_parameters():
             set_tensor(quantised, name, tensor.data)
         return quantised.eval()
@@ -93,10 +110,9 @@ class Weights:
     def denoiser(self, ops: OpSet, *, fp8: bool) -> AudioVideoDenoiser:
         """A denoiser of these weights with other operations."""
         source = self.in_float8 if fp8 else self.plain
-        denoiser = build_on_meta(self.hparams, ops)
         all_blocks: list[Any] = list(source.blocks)
         blocks = [index for index, block in enumerate(all_blocks) if block.video.feed_forward.in_float8]
-        use_fp8(denoiser, blocks, ops)
+        denoiser = self._on_meta(blocks, ops)
         for name, tensor in source.named_parameters():
             owner = source.get_submodule(name.rpartition(".")[0])
             if tensor.dtype == torch.float8_e4m3fn:
@@ -148,16 +164,32 @@ class Contestant(NamedTuple):
     bound: float = _BOUND
 
 
+SpreadFn = Callable[[AudioVideoDenoiser, OpSet], Denoiser]
+"""What a denoiser with these operations is called through on one rank of several: it may be taken over for that."""
+
+
+def on_one(denoiser: AudioVideoDenoiser, ops: OpSet) -> Denoiser:
+    """The `SpreadFn` of one device alone."""
+    return denoiser
+
+
 def tier(
-    name: str, ops: Callable[[str], OpSet], *, fp8: bool = False, keeps_text: bool = True, beside: bool = True
+    name: str,
+    ops: Callable[[str], OpSet],
+    *,
+    fp8: bool = False,
+    keeps_text: bool = True,
+    beside: bool = True,
+    spread: SpreadFn = on_one,
 ) -> Contestant:
     """Our denoiser with the operations that `ops` has for a kind of device; with `beside`, audio beside the video."""
 
     def build(weights: Weights) -> Built:
-        denoiser = weights.denoiser(ops(weights.device), fp8=fp8)
+        made = ops(weights.device)
+        denoiser = weights.denoiser(made, fp8=fp8)
         if beside:
             _overlap_audio(denoiser, weights)
-        return Built(denoiser, partial(_bound, denoiser, keeps_text))
+        return Built(denoiser, partial(_bound, spread(denoiser, made), keeps_text))
 
     return Contestant(name, fp8, build, _FLOAT8_BOUND if fp8 else _BOUND)
 
@@ -190,7 +222,7 @@ def _bound(denoiser: Denoiser, keeps_text: bool, case: Case) -> Step:
     return lambda: denoiser(case.video, case.audio, conditioning)
 
 
-def sparse_tier(precision: PrecisionConfig, bound: float) -> Contestant:
+def sparse_tier(precision: PrecisionConfig, bound: float, spread: SpreadFn = on_one) -> Contestant:
     """Our denoiser with block-sparse attention, as an engine of this tier has it in a step at SIGMA.
 
     Without the library for it on a GPU, building it raises ImportError.
@@ -216,12 +248,12 @@ def sparse_tier(precision: PrecisionConfig, bound: float) -> Contestant:
             return mean_of_layers(len(layers), weights.hparams.num_layers, stage.pattern.seen_part)
 
         shortcuts = Shortcuts(settings)
-        return Built(denoiser, partial(_bound_sparse, denoiser, shortcuts), attended, shortcuts)
+        return Built(denoiser, partial(_bound_sparse, spread(denoiser, ops), shortcuts), attended, shortcuts=shortcuts)
 
     return Contestant(precision.name, fp8, build, bound)
 
 
-def _bound_sparse(denoiser: AudioVideoDenoiser, shortcuts: Shortcuts, case: Case) -> Step:
+def _bound_sparse(denoiser: Denoiser, shortcuts: Shortcuts, case: Case) -> Step:
     stage = shortcuts.begin(denoiser, case.shape, case.video.positions_BAT2)
     conditioning = denoiser.prepare(stage.ordered(case.video), case.audio)
 
@@ -279,14 +311,21 @@ def _ablations(name: str, *, fp8: bool) -> tuple[Contestant, ...]:
     )
 
 
-PLAIN = tier("plain", device_ops, beside=False)
 # The tier of conf/precision/fast.yaml.
 FAST = PrecisionConfig("fast", linear="fp8", attention="block_sparse")
-TIERS = (
-    PLAIN,
-    tier("exact", fused_ops),
-    tier("fp8", fused_ops, fp8=True),
-    sparse_tier(FAST, _SPARSE_BOUND),
-)
+
+
+def tiers(spread: SpreadFn = on_one) -> tuple[Contestant, ...]:
+    """Plain operations first, then each tier, on one device or on one rank of several."""
+    return (
+        tier("plain", device_ops, beside=False, spread=spread),
+        tier("exact", fused_ops, spread=spread),
+        tier("fp8", fused_ops, fp8=True, spread=spread),
+        sparse_tier(FAST, _SPARSE_BOUND, spread),
+    )
+
+
+TIERS = tiers()
+PLAIN, *_ = TIERS
 GRAPHED = (graphed_tier("exact_graphed", fused_ops), graphed_tier("fp8_graphed", fused_ops, fp8=True))
 ABLATIONS = (*_ablations("exact", fp8=False), *_ablations("fp8", fp8=True))

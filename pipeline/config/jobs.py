@@ -174,13 +174,15 @@ class BenchJob:
     # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out. In `latency` one contestant at a
     # time.
     gpu_memory_limit_gb: float | None = None
-    # Of `step`, `decode`, `kernel` and `latency`: width x height x frames; 768x512x121 and 1920x1088x121 if left out,
-    # the latter alone in `latency`.
+    # Of `step`, `gang`, `decode`, `kernel` and `latency`: width x height x frames; if left out 768x512x121 and
+    # 1920x1088x121, the latter alone in `latency`.
     shapes: list[str] | None = None
     # Of `latency`: timed clips of natural pictures; of noise there is one.
     repeats: int = 3
-    # Of `step` and `latency`: who takes part; the tiers and, in `step`, the peers if left out.
+    # Of `step`, `gang` and `latency`: who takes part; the tiers and, but for `latency`, the peers if left out.
     contestants: list[str] | None = None
+    # Of `gang`: how a clip is spread over GPUs of this host.
+    layouts: list[str] = field(default_factory=lambda: ["ulysses2", "ring2", "tensor2"])
     # A folder; each kind of measurement adds its rows to a file of its name.
     results: str = "tests/bench/results"
 

@@ -15,7 +15,15 @@ from pipeline.records.parallel import ParallelLayout
 
 
 def xfuser_usp(layout: ParallelLayout) -> EvenAttentionFn:
-    """USP over the ranks of the layout, attention by cuDNN. Once a process, after it joined; every rank alike.
+    """USP over the ranks of the layout, attention by cuDNN; see `start_xfuser`."""
+    start_xfuser(layout)
+    from xfuser.model_executor.layers.usp import USP
+
+    return USP
+
+
+def start_xfuser(layout: ParallelLayout) -> None:
+    """Make xfuser's groups and settings, unless they are there: one layout a process, after it joined, all ranks alike.
 
     UsageError for a layout with tensor parallelism, whose ranks xfuser takes to be those of the sequence.
     """
@@ -23,8 +31,9 @@ def xfuser_usp(layout: ParallelLayout) -> EvenAttentionFn:
         raise UsageError(f"xfuser needs a layout without tensor parallelism, got {layout.name}; use our own exchange")
     from xfuser.config.args import xFuserArgs
     from xfuser.core.distributed import init_distributed_environment, runtime_state
-    from xfuser.model_executor.layers.usp import USP
 
+    if runtime_state.runtime_state_is_initialized():
+        return
     init_distributed_environment(
         rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=torch.cuda.current_device()
     )
@@ -38,4 +47,3 @@ def xfuser_usp(layout: ParallelLayout) -> EvenAttentionFn:
     ).create_config()
     # Its public way leads to a state for degree 1 or to a diffusers pipeline.
     runtime_state._RUNTIME = runtime_state.RuntimeState(config)
-    return USP

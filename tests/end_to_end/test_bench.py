@@ -69,6 +69,18 @@ def test_the_encoder_is_timed_with_the_settings_of_a_recipe(tmp_path: Path) -> N
     assert_refused(run_command("bench", "encode", "recipe.encode.preset=fastest"), "recipe.encode.preset", "'fastest'")
 
 
+def test_a_step_on_two_ranks_adds_a_row_for_each_layout(tmp_path: Path) -> None:
+    arguments = ["shapes=[64x64x9]", "contestants=[exact,xdit]", f"results={tmp_path}"]
+    done = run_command("bench", "gang", "layouts=[ring2]", *arguments)
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "gang.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["model"], row["shape"], row["layout"], row["num_gpus"]) == ("nano", "64x64x9", "ring2", 2)
+    assert row["contestants"]["exact"]["speed_up"] > 0 and "xDiT must" in row["contestants"]["xdit"]["failure"]
+    assert '64x64x9 layout: "ring2"' in done.stdout
+    assert_refused(run_command("bench", "gang", "contestants=[exat]"), "contestants must be of", "exat")
+
+
 def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_path: Path) -> None:
     done = run_command("render", f"model.folder={model_folder}", f"output={tmp_path / 'out'}", "cluster.device=cpu",
                        "cluster.gpu_memory_limit_gb=80")  # fmt: skip
@@ -77,7 +89,9 @@ def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_
 
 def test_a_bench_that_does_not_exist_is_refused() -> None:
     assert_refused(
-        run_command("bench", "cip"), "write, clip, batch, latency, step, decode, kernel, encode or table", "'cip'"
+        run_command("bench", "cip"),
+        "write, clip, batch, latency, step, gang, decode, kernel, encode or table",
+        "'cip'",
     )
     assert_refused(run_command("bench", "write", "model=ltx2_19b_dev"), "folder=")
     assert_refused(run_command("bench", "clip", "widht=64"), "'widht' is not a setting")

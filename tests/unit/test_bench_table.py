@@ -155,9 +155,38 @@ def test_the_encoder_is_shown_for_hosts_of_gpus(tmp_path: Path) -> None:
     assert "| 1920x1088x121 | veryfast, CRF 18, 2 threads | natural | 3.000 (1.500 to 6.000) | 41.2 MB |" in line
 
 
-def test_batches_encodings_and_warm_clips_have_no_table_before_they_are_measured(tmp_path: Path) -> None:
+def gang_row(at: str, contestants: dict[str, dict[str, Any]], **facts: Any) -> dict[str, Any]:
+    return step_row(at, contestants, **{"what": "gang", "layout": "ulysses2", "num_gpus": 2, **facts})
+
+
+def test_steps_on_several_gpus_are_shown_by_layout_beside_one_gpu(tmp_path: Path) -> None:
+    cosines = {"video": {"cosine": 0.99998, "relative": 0.01}, "audio": {"cosine": 0.99991, "relative": 0.01}}
+    exact = timed(1.4, speed_up=1.957, against_alone=cosines, weights_bytes=37.75e9)
+    append(tmp_path, gang_row("2026-11-20T10:00:00+00:00", {"exact": timed(9.0), "xdit": timed(1.9)}))
+    append(tmp_path, gang_row("2026-11-20T11:00:00+00:00", {"exact": exact}))
+    append(tmp_path, gang_row("2026-11-20T12:00:00+00:00", {"exact": exact}, layout="tensor2"))
+    append(tmp_path, gang_row("2026-11-20T13:00:00+00:00", {"exact": timed(0.1)}, model="nano"))
+    ulysses, tensor = lines_of(tmp_path, "`exact`")
+    assert ulysses == (
+        "| ltx2_19b_distilled 768x512x121 | ulysses2 | `exact` | 1.400 (0.700 to 2.800) | 1.96 | 0.99991 | 37.8 GB | "
+        "2026-11-20 11:00, H200, torch 2.11.0 |"
+    )
+    assert "| tensor2 |" in tensor
+    (peer,) = lines_of(tmp_path, "`xdit`")
+    assert "1.900 (0.950 to 3.800) |  |  |  | 2026-11-20 10:00" in peer, "nobody has measured it on one GPU"
+
+
+def test_a_contestant_that_failed_on_several_gpus_shows_no_numbers(tmp_path: Path) -> None:
+    off = {"not_comparable": "...", "against_alone": {"video": {"cosine": 0.5}}}
+    append(tmp_path, gang_row("2026-11-20T10:00:00+00:00", {"fast": {"failure": "no"}, "fp8": off}))
+    assert "| failure |  |  |  |" in lines_of(tmp_path, "`fast`")[0]
+    assert "| not comparable |  | 0.50000 |  |" in lines_of(tmp_path, "`fp8`")[0]
+
+
+def test_some_tables_are_not_there_before_they_are_measured(tmp_path: Path) -> None:
     table = performance_table(tmp_path)
-    assert not any(head in table for head in ("| batch |", "| encoding |", "| warm clip |"))
+    for head in ("| batch |", "| encoding |", "| warm clip |", "| one step on several GPUs |"):
+        assert head not in table
 
 
 def test_a_row_says_when_and_on_what_it_was_measured(tmp_path: Path) -> None:
