@@ -17,6 +17,7 @@ import torch
 
 from kernels.ops import fused_ops, reference_ops
 from pipeline.engine.residency import Residency
+from pipeline.model import graphs
 from pipeline.model.adapters import FusedAdapters
 from pipeline.model.checkpoint import CheckpointFile, load_denoiser
 from pipeline.model.graphs import NUM_KEPT, ON_CUDA, GraphedDenoiser, Recorder
@@ -117,8 +118,13 @@ def test_a_later_clip_of_the_shape_is_replayed_with_its_own_text(av_denoiser, go
 
 def test_conditioning_is_copied_once_a_clip_and_not_kept_alive(av_denoiser, golden, memory, monkeypatch):
     case, replayed = golden("dit_ltx2_0/case_t2v"), graphed(av_denoiser, memory)
-    copied = []
-    monkeypatch.setattr("pipeline.model.graphs._copy", lambda into, given: copied.append(type(given)))
+    copied, copy = [], graphs._copy
+
+    def noted(into, given):
+        copied.append(type(given))
+        copy(into, given)
+
+    monkeypatch.setattr(graphs, "_copy", noted)
     conditioning = av_denoiser.prepare(case.video, case.audio)
     for _ in range(4):
         replayed(case.video, case.audio, conditioning)
