@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.assembly.worker_side import clip_files, limit_gpu_memory, peak_taker
+from pipeline.assembly.worker_side import clip_files, limit_gpu_memory, peak_taker, with_graphs
+from pipeline.bench import tiers
 from pipeline.bench.ceilings import Ceilings, judged, measure_ceilings
-from pipeline.bench.random_parts import Parts, draw_parts, engine_of
+from pipeline.bench.random_parts import draw_parts, engine_of
 from pipeline.bench.rows import Row, new_row
-from pipeline.bench.tiers import FAST, PLAIN, SEED, TIERS, Contestant, Weights
+from pipeline.bench.tiers import PLAIN, SEED, TIERS, Contestant, Weights
 from pipeline.bench.timing import difference, failure_of, forget, num_bytes, spread
 from pipeline.bench.watched import WatchedEngine
 from pipeline.cluster.assignment import Assignment
+from pipeline.config.cluster import ClusterConfig
 from pipeline.config.model import ModelConfig, PrecisionConfig
 from pipeline.config.recipe import RecipeConfig, misfit
 from pipeline.cost.meter import Meter, utc_clock
@@ -51,7 +53,7 @@ KNOWN = {contestant.name: contestant for contestant in TIERS if contestant is no
 # The tier that the others' latents are compared with.
 EXACT = "exact"
 # What each executes, for the count of operations.
-_PRECISIONS = {EXACT: PrecisionConfig(), "fp8": PrecisionConfig("fp8", linear="fp8"), FAST.name: FAST}
+_PRECISIONS = {precision.name: precision for precision in (tiers.EXACT, tiers.FP8, tiers.FAST)}
 NATURAL, AS_DECODED = "natural", "as_decoded"
 # Ten seconds of x264 on noise at 1920x1088, in which a GPU is held and nothing else is learnt.
 _REPEATS_AS_DECODED = 1
@@ -201,18 +203,20 @@ class _Stand:
         for contestant in group:
             try:
                 built = contestant.build(weights)
-                entries.append(self._entry(contestant.name, engine_of(parts, built, self.device), parts))
+                engine, held_bytes = engine_of(parts, built, self.device), num_bytes(built.module) + parts.held_bytes
+                if self.device == "cuda":
+                    engine = with_graphs(engine, ClusterConfig().graph_below_tokens)
+                entries.append(self._entry(contestant.name, engine, held_bytes))
             except Exception as error:  # noqa: BLE001 - that one cannot take part is a result
                 facts[contestant.name] = failure_of(error)
         return entries, facts
 
-    def _entry(self, name: str, engine: RenderEngine, parts: Parts) -> _Entry:
+    def _entry(self, name: str, engine: RenderEngine, held_bytes: int) -> _Entry:
         kept: list[Latents] = []
         watched = WatchedEngine.of(engine, kept)
         engines = {NATURAL: replace(watched, pictures=self.pictures), AS_DECODED: watched}
         workers = {pictures: self._worker(name, each) for pictures, each in engines.items()}
-        assert isinstance(engine.denoiser, torch.nn.Module), "one of our tiers"
-        return _Entry(name, workers, kept, num_bytes(engine.denoiser) + parts.held_bytes)
+        return _Entry(name, workers, kept, held_bytes)
 
     def _worker(self, name: str, engine: RenderEngine) -> ClipWorker:
         """As `worker_side.build_worker` makes it, with a store in a folder."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from pipeline.engine.shortcuts import NO_SHORTCUTS, Shortcuts, SparseSettings
 from pipeline.geometry import LatentShape
 from pipeline.model.checkpoint import Sharding, build_on_meta, name_on_disk, set_tensor
 from pipeline.model.denoiser import AudioVideoDenoiser, Denoiser
-from pipeline.model.fp8 import use_fp8
+from pipeline.model.fp8 import Fp8Linear, use_fp8
 from pipeline.model.graphs import GraphedDenoiser
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.sparse_attention import use_sparse_attention
@@ -34,6 +34,10 @@ from pipeline.planning.sparsity import mean_of_layers
 SEED = 20261120
 # A noise level in the middle of the published schedules.
 SIGMA = 0.9
+# The tiers of conf/precision; a test holds them to it.
+EXACT = PrecisionConfig()
+FP8 = PrecisionConfig("fp8", linear="fp8")
+FAST = PrecisionConfig("fast", linear="fp8", attention="block_sparse")
 Velocities = tuple[Tensor | None, Tensor | None]
 Step = Callable[[], Velocities]
 
@@ -74,6 +78,8 @@ class Weights:
         self.section, self.device, self._sharding = section, device, sharding
         self.hparams = DenoiserHparams.from_config(section, has_audio=model.size.has_audio)
         self.num_text_tokens = model.size.text_tokens
+        # Float8 numbers and scales of the layers that some denoiser has in them.
+        self._in_float8: dict[str, tuple[Tensor, Tensor]] = {}
         self.plain = self._on_meta((), device_ops(device))
         generator = torch.Generator(device).manual_seed(SEED)
         for name, tensor in list(self.plain.named_parameters()):
@@ -91,35 +97,26 @@ class Weights:
             self._sharding.fit(denoiser, ops)
         return denoiser
 
-    @cached_property
-    def in_float8(self) -> AudioVideoDenoiser:
-        """With float8 layers in the blocks that `precision=fp8` has them in; a toy of few blocks keeps fewer."""
-        precision, ops = PrecisionConfig(), device_ops(self.device)
-        blocks = self.layers_between(precision.keep_first_blocks, precision.keep_last_blocks)
-        quantised = self._on_meta(blocks, ops)
-        for name, tensor in self.plain.named_parameters():
-            set_tensor(quantised, name, tensor.data)
-        return quantised.eval()
-
     def layers_between(self, num_first: int, num_last: int) -> range:
         """All layers but so many at the start and at the end, of which a toy keeps fewer."""
         num_layers = self.hparams.num_layers
         most = (num_layers - 1) // 2
         return range(min(num_first, most), num_layers - min(num_last, most))
 
-    def denoiser(self, ops: OpSet, *, fp8: bool) -> AudioVideoDenoiser:
-        """A denoiser of these weights with other operations."""
-        source = self.in_float8 if fp8 else self.plain
-        all_blocks: list[Any] = list(source.blocks)
-        blocks = [index for index, block in enumerate(all_blocks) if block.video.feed_forward.in_float8]
+    def denoiser(self, ops: OpSet, precision: PrecisionConfig = EXACT) -> AudioVideoDenoiser:
+        """A denoiser of these weights with other operations, its layers in the numbers of a tier."""
+        blocks = range(0)
+        if precision.linear == "fp8":
+            blocks = self.layers_between(precision.keep_first_blocks, precision.keep_last_blocks)
         denoiser = self._on_meta(blocks, ops)
-        for name, tensor in source.named_parameters():
-            owner = source.get_submodule(name.rpartition(".")[0])
-            if tensor.dtype == torch.float8_e4m3fn:
-                copy: Any = denoiser.get_submodule(name.rpartition(".")[0])
-                copy.set_scaled_weight(tensor.data, owner.weight_scale)
-            else:
-                set_tensor(denoiser, name, tensor.data)
+        for name, tensor in self.plain.named_parameters():
+            owner = denoiser.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, Fp8Linear) and name in self._in_float8:
+                owner.set_scaled_weight(*self._in_float8[name])
+                continue
+            set_tensor(denoiser, name, tensor.data)
+            if isinstance(owner, Fp8Linear) and owner.weight_scale is not None and name.endswith(".weight"):
+                self._in_float8[name] = owner.weight.data, owner.weight_scale
         return denoiser.eval()
 
     def case(self, shape: LatentShape) -> Case:
@@ -177,7 +174,7 @@ def tier(
     name: str,
     ops: Callable[[str], OpSet],
     *,
-    fp8: bool = False,
+    precision: PrecisionConfig = EXACT,
     keeps_text: bool = True,
     beside: bool = True,
     spread: SpreadFn = on_one,
@@ -186,24 +183,33 @@ def tier(
 
     def build(weights: Weights) -> Built:
         made = ops(weights.device)
-        denoiser = weights.denoiser(made, fp8=fp8)
+        denoiser = weights.denoiser(made, precision)
         if beside:
             _overlap_audio(denoiser, weights)
         return Built(denoiser, partial(_bound, spread(denoiser, made), keeps_text))
 
-    return Contestant(name, fp8, build, _FLOAT8_BOUND if fp8 else _BOUND)
+    return _contestant(name, precision, build)
 
 
-def graphed_tier(name: str, ops: Callable[[str], OpSet], *, fp8: bool = False) -> Contestant:
+def _contestant(name: str, precision: PrecisionConfig, build: Callable[[Weights], Built]) -> Contestant:
+    in_float8 = precision.linear == "fp8"
+    return Contestant(name, in_float8, build, _FLOAT8_BOUND if in_float8 else _BOUND)
+
+
+def graphed_tier(name: str, precision: PrecisionConfig) -> Contestant:
     """Our denoiser as `tier` has it, its step replayed as a CUDA graph, whatever its size; on a CPU there are none."""
 
     def build(weights: Weights) -> Built:
-        denoiser = weights.denoiser(ops(weights.device), fp8=fp8)
+        denoiser = weights.denoiser(fused_ops(weights.device), precision)
         _overlap_audio(denoiser, weights)
         graphs = GraphedDenoiser(denoiser, below_tokens=sys.maxsize)
-        return Built(denoiser, partial(_bound, graphs, True), facts=lambda: {"capture_s": graphs.capture_s})
+        return Built(denoiser, partial(_bound, graphs, True), facts=_capture_of(graphs))
 
-    return Contestant(name, fp8, build, _FLOAT8_BOUND if fp8 else _BOUND)
+    return _contestant(name, precision, build)
+
+
+def _capture_of(graphs: GraphedDenoiser) -> Callable[[], dict[str, Any]]:
+    return lambda: {"capture_s": graphs.capture_s}
 
 
 def _overlap_audio(denoiser: AudioVideoDenoiser, weights: Weights) -> None:
@@ -222,16 +228,17 @@ def _bound(denoiser: Denoiser, keeps_text: bool, case: Case) -> Step:
     return lambda: denoiser(case.video, case.audio, conditioning)
 
 
-def sparse_tier(precision: PrecisionConfig, bound: float, spread: SpreadFn = on_one) -> Contestant:
+def sparse_tier(
+    precision: PrecisionConfig, spread: SpreadFn = on_one, *, name: str = "", graphed: bool = False
+) -> Contestant:
     """Our denoiser with block-sparse attention, as an engine of this tier has it in a step at SIGMA.
 
     Without the library for it on a GPU, building it raises ImportError.
     """
-    fp8 = precision.linear == "fp8"
 
     def build(weights: Weights) -> Built:
         ops = with_block_sparse_attention(fused_ops(weights.device), weights.device)
-        denoiser = weights.denoiser(ops, fp8=fp8)
+        denoiser = weights.denoiser(ops, precision)
         layers = weights.layers_between(precision.dense_first_layers, precision.dense_last_layers)
         settings = SparseSettings(
             use_sparse_attention(denoiser, layers, ops),
@@ -248,9 +255,12 @@ def sparse_tier(precision: PrecisionConfig, bound: float, spread: SpreadFn = on_
             return mean_of_layers(len(layers), weights.hparams.num_layers, stage.pattern.seen_part)
 
         shortcuts = Shortcuts(settings)
+        if graphed:
+            graphs = GraphedDenoiser(denoiser, sys.maxsize, settings.in_force)
+            return Built(denoiser, partial(_bound_sparse, graphs, shortcuts), attended, _capture_of(graphs), shortcuts)
         return Built(denoiser, partial(_bound_sparse, spread(denoiser, ops), shortcuts), attended, shortcuts=shortcuts)
 
-    return Contestant(precision.name, fp8, build, bound)
+    return Contestant(name or precision.name, precision.linear == "fp8", build, _SPARSE_BOUND)
 
 
 def _bound_sparse(denoiser: Denoiser, shortcuts: Shortcuts, case: Case) -> Step:
@@ -301,18 +311,15 @@ def _with_sums_apart(device: str) -> OpSet:
     )
 
 
-def _ablations(name: str, *, fp8: bool) -> tuple[Contestant, ...]:
+def _ablations(precision: PrecisionConfig) -> tuple[Contestant, ...]:
     """A tier without one thing at a time."""
+    without = partial("{}_without_{}".format, precision.name)
     return (
-        *(tier(f"{name}_without_{group}", partial(_without, slots), fp8=fp8) for group, slots in _GROUPS.items()),
-        tier(f"{name}_without_joined_sums", _with_sums_apart, fp8=fp8),
-        tier(f"{name}_without_kept_text", fused_ops, fp8=fp8, keeps_text=False),
-        tier(f"{name}_without_audio_beside", fused_ops, fp8=fp8, beside=False),
+        *(tier(without(group), partial(_without, slots), precision=precision) for group, slots in _GROUPS.items()),
+        tier(without("joined_sums"), _with_sums_apart, precision=precision),
+        tier(without("kept_text"), fused_ops, precision=precision, keeps_text=False),
+        tier(without("audio_beside"), fused_ops, precision=precision, beside=False),
     )
-
-
-# The tier of conf/precision/fast.yaml.
-FAST = PrecisionConfig("fast", linear="fp8", attention="block_sparse")
 
 
 def tiers(spread: SpreadFn = on_one) -> tuple[Contestant, ...]:
@@ -320,12 +327,16 @@ def tiers(spread: SpreadFn = on_one) -> tuple[Contestant, ...]:
     return (
         tier("plain", device_ops, beside=False, spread=spread),
         tier("exact", fused_ops, spread=spread),
-        tier("fp8", fused_ops, fp8=True, spread=spread),
-        sparse_tier(FAST, _SPARSE_BOUND, spread),
+        tier("fp8", fused_ops, precision=FP8, spread=spread),
+        sparse_tier(FAST, spread),
     )
 
 
 TIERS = tiers()
 PLAIN, *_ = TIERS
-GRAPHED = (graphed_tier("exact_graphed", fused_ops), graphed_tier("fp8_graphed", fused_ops, fp8=True))
-ABLATIONS = (*_ablations("exact", fp8=False), *_ablations("fp8", fp8=True))
+GRAPHED = (
+    graphed_tier("exact_graphed", EXACT),
+    graphed_tier("fp8_graphed", FP8),
+    sparse_tier(FAST, name="fast_graphed", graphed=True),
+)
+ABLATIONS = (*_ablations(EXACT), *_ablations(FP8))

@@ -48,7 +48,7 @@ def measure(tiny: bool) -> dict[str, dict[int, float]]:
     config = CONFIG if tiny else json.loads(PUBLISHED.read_text())["checkpoint"]["config"]
     model = ModelConfig(size=DenoiserSize(2, 64, 32, 128) if tiny else DenoiserSize())
     weights = Weights(config["transformer"], model, device)
-    denoiser = weights.denoiser(fused_ops(device), fp8=False)
+    denoiser = weights.denoiser(fused_ops(device))
     found: dict[str, dict[int, float]] = {}
     for label, clip in clips_named(["64x64x9"] if tiny else SHAPES, 24.0).items():
         case = weights.case(latent_shape(clip))

@@ -19,7 +19,9 @@ from pipeline.bench.peers import PEERS
 from pipeline.bench.step import KNOWN, chosen, measure_steps
 from pipeline.bench.tiers import (
     ABLATIONS,
+    EXACT,
     FAST,
+    FP8,
     GRAPHED,
     PLAIN,
     TIERS,
@@ -92,7 +94,7 @@ def test_every_tier_and_peer_computes_the_plain_velocities_and_is_timed() -> Non
 
 
 def test_replayed_tiers_are_named_only_and_on_a_cpu_are_the_tiers() -> None:
-    assert [contestant.name for contestant in GRAPHED] == ["exact_graphed", "fp8_graphed"]
+    assert [contestant.name for contestant in GRAPHED] == ["exact_graphed", "fp8_graphed", "fast_graphed"]
     assert not set(GRAPHED) & set(chosen(None)) and chosen(["exact_graphed"]) == GRAPHED[:1]
     facts = measured(TIERS[1], GRAPHED[0])
     assert facts["exact_graphed"]["capture_s"] is None
@@ -101,7 +103,7 @@ def test_replayed_tiers_are_named_only_and_on_a_cpu_are_the_tiers() -> None:
 
 def sparse_from_the_first_token(*, density: float = 0.3) -> Contestant:
     precision = replace(FAST, dense_below_tokens=0, attention_density=density)
-    return sparse_tier(precision, TIERS[-1].bound)
+    return sparse_tier(precision)
 
 
 def test_the_fast_tier_is_the_shipped_one() -> None:
@@ -128,7 +130,7 @@ def test_the_fast_tier_is_rated_by_what_it_executes(monkeypatch: pytest.MonkeyPa
 def test_the_fast_tier_computes_the_fp8_velocities_where_it_sees_all_keys() -> None:
     weights = Weights(CONFIG["transformer"], NANO, "cpu")
     case = weights.case(LatentShape(16, 10, 16, 10, 24.0))
-    fp8 = tier("fp8", fused_ops, fp8=True)
+    fp8 = tier("fp8", fused_ops, precision=FP8)
     with torch.inference_mode():
         velocities = [each.build(weights).bind(case)() for each in (sparse_from_the_first_token(density=1.0), fp8)]
         for got, wanted in zip(*velocities, strict=True):
@@ -169,7 +171,7 @@ def test_without_the_library_attention_over_blocks_fails_and_dense_attention_is_
 @pytest.mark.parametrize("contestant", ABLATIONS, ids=lambda contestant: contestant.name)
 def test_a_tier_without_one_thing_computes_what_it_does_with_it(contestant: Contestant) -> None:
     weights = Weights(CONFIG["transformer"], NANO, "cpu")
-    whole = tier("whole", fused_ops, fp8=contestant.in_float8)
+    whole = tier("whole", fused_ops, precision=FP8 if contestant.in_float8 else EXACT)
     case = weights.case(SHAPES["64x64x9"])
     with torch.inference_mode():
         for got, wanted in zip(*(each.build(weights).bind(case)() for each in (contestant, whole)), strict=True):
@@ -220,11 +222,11 @@ def test_the_floor_is_at_the_best_rate_of_the_numbers_that_are_multiplied() -> N
 
 def test_all_contestants_share_one_set_of_weights() -> None:
     weights = Weights(CONFIG["transformer"], NANO, "cpu")
-    plain, fp8 = weights.denoiser(device_ops("cpu"), fp8=False), weights.denoiser(device_ops("cpu"), fp8=True)
+    plain, fp8, again = (weights.denoiser(device_ops("cpu"), precision) for precision in (EXACT, FP8, FP8))
     ours = {tensor.data_ptr() for tensor in weights.plain.parameters()}
     assert {tensor.data_ptr() for tensor in plain.parameters()} == ours
     assert {tensor.data_ptr() for tensor in PEERS[0].build(weights).module.parameters()} == ours
-    both = {tensor.data_ptr() for tensor in weights.in_float8.parameters()}
+    both = {tensor.data_ptr() for tensor in again.parameters()}
     assert {tensor.data_ptr() for tensor in fp8.parameters()} == both
     assert timing.num_bytes(fp8) < timing.num_bytes(plain)
 
