@@ -5,7 +5,7 @@ What each slot computes, with shapes and dtypes, is defined by the function of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -83,8 +83,16 @@ LinearGeluFn = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 ActivationFn = Callable[[Tensor], Tensor]
 """Any shape, element by element."""
 
-RmsNormSiluFn = Callable[[Tensor, "tuple[Tensor, Tensor] | None", float], Tensor]
-"""(x_BCFHW, (scale_BC111, shift_BC111) or None, eps) -> BCFHW"""
+FramedFn = Callable[[Sequence[Tensor], tuple[int, int], bool], Tensor]
+"""(parts_BCFHW, margin of rows and columns, if it reflects) -> BCFHW with its margin"""
+
+FramedNormSiluFn = Callable[
+    [Sequence[Tensor], "Tensor | None", "tuple[Tensor, Tensor] | None", float, tuple[int, int], bool], Tensor
+]
+"""(parts_BCFHW, bias_C or None, (scale_BC111, shift_BC111) or None, eps, margin, if it reflects) -> as `FramedFn`"""
+
+AddWithBiasFn = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
+"""(x_BCFHW, which is written to; bias_C; parts_BCFHW, perhaps none) -> x_BCFHW"""
 
 RgbToYuv420Fn = Callable[[Tensor], tuple[Tensor, Tensor]]
 """video_CFHW in [-1,1] -> (uint8 I420 planes, (F, 3H/2, W); number of values that are not finite, int32 (1,))"""
@@ -122,7 +130,9 @@ class OpSet:
     row_peaks: RowPeaksFn
     quantise_rows_to: QuantiseRowsToFn
     fp8_linear: Fp8LinearFn
-    rms_norm_silu: RmsNormSiluFn
+    framed: FramedFn
+    framed_norm_silu: FramedNormSiluFn
+    add_with_bias_: AddWithBiasFn
     rgb_to_yuv420: RgbToYuv420Fn
 
 
@@ -151,13 +161,14 @@ def fused_ops(device: str) -> OpSet:
         return device_ops(device)
     # Triton comes with torch for CUDA only.
     from kernels import (
+        add_with_bias,
         block_promise,
+        framed_norm_silu,
         gated_residual_norm,
         modulated_rms_norm,
         qk_norm_rope,
         quantise_rows,
         rgb_to_yuv420,
-        rms_norm_silu,
     )
 
     return replace(
@@ -179,7 +190,9 @@ def fused_ops(device: str) -> OpSet:
         quantise_rows=quantise_rows.quantise_rows,
         row_peaks=quantise_rows.row_peaks,
         quantise_rows_to=quantise_rows.quantise_rows_to,
-        rms_norm_silu=rms_norm_silu.rms_norm_silu,
+        framed=framed_norm_silu.framed,
+        framed_norm_silu=framed_norm_silu.framed_norm_silu,
+        add_with_bias_=add_with_bias.add_with_bias_,
         rgb_to_yuv420=rgb_to_yuv420.rgb_to_yuv420,
     )
 

@@ -1,7 +1,7 @@
 """Every operation of denoiser and decoder in plain torch: the definition that a faster version must match.
 
 Inputs may be float32, bfloat16 or float16. Except for attention, arithmetic is float32 throughout and rounded once, to
-the dtype of the first argument. No operation writes to its inputs.
+the dtype of the first argument. No operation writes to its inputs, but one whose name ends in `_` to its first.
 
 Shape suffixes: B batch, T tokens, S keys, D channels of a token, H heads, K channels of a head, P = K/2,
 N distinct timesteps of a sample. A size of 1 at B broadcasts. Of a linear layer: M rows of input, D channels in, N out.
@@ -12,7 +12,7 @@ Of pictures: C channels, F frames, H height, W width, R = 3H/2 rows of bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -277,17 +277,51 @@ def fp8_linear(rows: ScaledRows, weight_ND: Tensor, weight_scale_N1: Tensor, bia
     return y_BTN.to(rows.dtype)
 
 
-def rms_norm_silu(x_BCFHW: Tensor, modulation: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
-    """y sigmoid(y) with y = x / sqrt(mean(x^2 over C) + eps) * (1 + scale) + shift, (B, C, F, H, W).
+def framed(parts_BCFHW: Sequence[Tensor], margin: tuple[int, int], reflects: bool) -> Tensor:
+    """The parts (B, C, f, H, W) one after the other along F, in a margin: (B, C, F, H + 2 rows, W + 2 columns).
 
-    `modulation` is scale and shift, (B, C, 1, 1, 1), or None for 0.
+    `margin` is rows and columns; it holds zeros, or what lies as far within the edge, the edge itself left out, and
+    then is less than H and W. The result is `torch.channels_last_3d`.
     """
-    x = x_BCFHW.float()
-    y = x / torch.sqrt(x.square().mean(dim=1, keepdim=True) + eps)
-    if modulation is not None:
-        scale, shift = modulation
-        y = y * (1 + scale.float()) + shift.float()
-    return functional.silu(y).to(x_BCFHW.dtype)
+    rows, columns = margin
+    joined_BCFHW = torch.cat(tuple(parts_BCFHW), dim=2)
+    sides = (columns, columns, rows, rows, 0, 0)
+    padded_BCFHW = functional.pad(joined_BCFHW, sides, mode="reflect" if reflects else "constant")
+    return padded_BCFHW.contiguous(memory_format=torch.channels_last_3d)
+
+
+def framed_norm_silu(
+    parts_BCFHW: Sequence[Tensor], bias_C: Tensor | None, modulation: tuple[Tensor, Tensor] | None, eps: float,
+    margin: tuple[int, int], reflects: bool,
+) -> Tensor:  # fmt: skip
+    """`framed` of y sigmoid(y), with z = part + bias and y = z / sqrt(mean(z^2 over C) + eps) * (1 + scale) + shift.
+
+    `modulation` is scale and shift, (B, C, 1, 1, 1), or None for 0. Parts of float64 stay so.
+    """
+
+    def activated(part_BCFHW: Tensor) -> Tensor:
+        x = _widened(part_BCFHW)
+        if bias_C is not None:
+            x = x + bias_C.to(x.dtype)[:, None, None, None]
+        y = x / torch.sqrt(x.square().mean(dim=1, keepdim=True) + eps)
+        if modulation is not None:
+            scale, shift = modulation
+            y = y * (1 + scale.to(y.dtype)) + shift.to(y.dtype)
+        return functional.silu(y).to(part_BCFHW.dtype)
+
+    return framed([activated(part_BCFHW) for part_BCFHW in parts_BCFHW], margin, reflects)
+
+
+def add_with_bias_(x_BCFHW: Tensor, bias_C: Tensor, parts_BCFHW: Sequence[Tensor]) -> Tensor:
+    """x + bias + the parts (B, C, f, H, W) one after the other along F; or x + bias, if there are none.
+
+    Written to x, which is returned. Numbers of float64 stay so.
+    """
+    x = _widened(x_BCFHW)
+    total_BCFHW = x + bias_C.to(x.dtype)[:, None, None, None]
+    if parts_BCFHW:
+        total_BCFHW += torch.cat(tuple(parts_BCFHW), dim=2)
+    return x_BCFHW.copy_(total_BCFHW)
 
 
 def rgb_to_yuv420(video_CFHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,6 +354,10 @@ def rows_of_tokens(rows_BND: Tensor, index_BT: Tensor | None) -> Tensor:
         return rows_BND
     sample_B1 = torch.arange(index_BT.shape[0], device=index_BT.device)[:, None]
     return rows_BND[sample_B1, index_BT]
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _luma(rgb_CFHW: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _decoders(decoder: VideoDecoder) -> dict[str, VideoDecoder]:
         other = prepared[way.name] = copy.copy(decoder)
         if way.channels_last:
             other.module = module
-        fused = decoder.ops.rms_norm_silu if way.fuses_norms else None
+        fused = decoder.ops if way.fuses_norms else None
         other.manner = Manner(way.frames_per_convolution, fused)
     return prepared
 
