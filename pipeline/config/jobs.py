@@ -175,7 +175,8 @@ class BenchJob:
     gpu_memory_limit_gb: float | None = None
     # Of `step`, `decode` and `kernel`: width x height x frames of what is denoised or decoded.
     shapes: list[str] = field(default_factory=lambda: ["768x512x121", "1920x1088x121"])
-    # Of `step`: who takes part; the tiers and the peers if left out.
+    # Of `step`: who takes part; the tiers and the peers if left out. Of `decode`: the ways beside `whole`; all if left
+    # out.
     contestants: list[str] | None = None
     # A folder; each kind of measurement adds its rows to a file of its name.
     results: str = "tests/bench/results"
