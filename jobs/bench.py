@@ -269,13 +269,14 @@ def gang(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
 
 
 def decode(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
-    """Time the decoding of a latent by each way there is."""
+    """Time the decoding of a latent by each way that takes part."""
     _refuse("decode", others)
     shapes = _clips(job, SHAPES)
-    from pipeline.bench.decode import measure_decodes
+    from pipeline.bench.decode import measure_decodes, ways_named
     from pipeline.engine.random_weights import best_device
 
-    return _record(job, measure_decodes(_metadata(job.model), job.model, shapes, best_device()))
+    ways = ways_named(job.contestants)
+    return _record(job, measure_decodes(_metadata(job.model), job.model, shapes, ways, best_device()))
 
 
 def kernel(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:

@@ -1,18 +1,19 @@
 """The slots a model is built with: one frozen value of plain callables, chosen once by whoever builds the model.
 
-What each slot computes, with shapes and dtypes, is defined by the function of the same name in `kernels.reference`.
+What each slot computes, with shapes and dtypes, is defined by the function of the same name in `kernels.reference`, or
+for pictures in `kernels.reference_pictures`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from kernels import cudnn_attention, linear_gelu, reference, scaled_mm
+from kernels import cudnn_attention, linear_gelu, reference, reference_pictures, scaled_mm
 from kernels.rows import Modulation, Rotary, ScaledRows
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,16 @@ LinearGeluFn = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 ActivationFn = Callable[[Tensor], Tensor]
 """Any shape, element by element."""
 
-RmsNormSiluFn = Callable[[Tensor, "tuple[Tensor, Tensor] | None", float], Tensor]
-"""(x_BCFHW, (scale_BC111, shift_BC111) or None, eps) -> BCFHW"""
+FramedFn = Callable[[Sequence[Tensor], tuple[int, int], bool], Tensor]
+"""(parts_BCFHW, margin of rows and columns, if it reflects) -> BCFHW with its margin"""
+
+FramedNormSiluFn = Callable[
+    [Sequence[Tensor], "Tensor | None", "tuple[Tensor, Tensor] | None", float, tuple[int, int], bool], Tensor
+]
+"""(parts_BCFHW, bias_C or None, (scale_BC111, shift_BC111) or None, eps, margin, if it reflects) -> as `FramedFn`"""
+
+AddWithBiasFn = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
+"""(x_BCFHW, which is written to; bias_C; parts_BCFHW, perhaps none) -> x_BCFHW"""
 
 RgbToYuv420Fn = Callable[[Tensor], tuple[Tensor, Tensor]]
 """video_CFHW in [-1,1] -> (uint8 I420 planes, (F, 3H/2, W); number of values that are not finite, int32 (1,))"""
@@ -127,13 +136,16 @@ class OpSet:
     row_peaks: RowPeaksFn
     quantise_rows_to: QuantiseRowsToFn
     fp8_linear: Fp8LinearFn
-    rms_norm_silu: RmsNormSiluFn
+    framed: FramedFn
+    framed_norm_silu: FramedNormSiluFn
+    add_with_bias_: AddWithBiasFn
     rgb_to_yuv420: RgbToYuv420Fn
 
 
 def reference_ops() -> OpSet:
     """The plain torch operations: run anywhere, and define what is right."""
-    return OpSet(**{field.name: getattr(reference, field.name) for field in fields(OpSet)})
+    plain = {**vars(reference), **vars(reference_pictures)}
+    return OpSet(**{field.name: plain[field.name] for field in fields(OpSet)})
 
 
 def device_ops(device: str) -> OpSet:
@@ -156,13 +168,14 @@ def fused_ops(device: str) -> OpSet:
         return device_ops(device)
     # Triton comes with torch for CUDA only.
     from kernels import (
+        add_with_bias,
         block_promise,
+        framed_norm_silu,
         gated_residual_norm,
         modulated_rms_norm,
         qk_norm_rope,
         quantise_rows,
         rgb_to_yuv420,
-        rms_norm_silu,
     )
 
     return replace(
@@ -184,7 +197,9 @@ def fused_ops(device: str) -> OpSet:
         quantise_rows=quantise_rows.quantise_rows,
         row_peaks=quantise_rows.row_peaks,
         quantise_rows_to=quantise_rows.quantise_rows_to,
-        rms_norm_silu=rms_norm_silu.rms_norm_silu,
+        framed=framed_norm_silu.framed,
+        framed_norm_silu=framed_norm_silu.framed_norm_silu,
+        add_with_bias_=add_with_bias.add_with_bias_,
         rgb_to_yuv420=rgb_to_yuv420.rgb_to_yuv420,
     )
 

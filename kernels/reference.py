@@ -1,12 +1,11 @@
-"""Every operation of denoiser and decoder in plain torch: the definition that a faster version must match.
+"""Every operation of the denoiser in plain torch: the definition that a faster version must match.
 
 Inputs may be float32, bfloat16 or float16. Except for attention, arithmetic is float32 throughout and rounded once, to
-the dtype of the first argument. No operation writes to its inputs.
+the dtype of the first argument. No operation writes to its inputs, but one whose name ends in `_` to its first.
 
 Shape suffixes: B batch, T tokens, S keys, D channels of a token, H heads, K channels of a head, P = K/2,
 N distinct timesteps of a sample. A size of 1 at B broadcasts. Of a linear layer: M rows of input, D channels in, N out.
 Of block-sparse attention: Q blocks of queries, N blocks of keys, or of those that each block of queries sees.
-Of pictures: C channels, F frames, H height, W width, R = 3H/2 rows of bytes.
 """
 
 from __future__ import annotations
@@ -287,53 +286,12 @@ def fp8_linear(rows: ScaledRows, weight_ND: Tensor, weight_scale_N1: Tensor, bia
     return y_BTN.to(rows.dtype)
 
 
-def rms_norm_silu(x_BCFHW: Tensor, modulation: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
-    """y sigmoid(y) with y = x / sqrt(mean(x^2 over C) + eps) * (1 + scale) + shift, (B, C, F, H, W).
-
-    `modulation` is scale and shift, (B, C, 1, 1, 1), or None for 0.
-    """
-    x = x_BCFHW.float()
-    y = x / torch.sqrt(x.square().mean(dim=1, keepdim=True) + eps)
-    if modulation is not None:
-        scale, shift = modulation
-        y = y * (1 + scale.float()) + shift.float()
-    return functional.silu(y).to(x_BCFHW.dtype)
-
-
-def rgb_to_yuv420(video_CFHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures of red, green and blue in [-1,1] as I420: uint8 (F, R, W), Y and then U and V at half their size.
-
-    ITU-R BT.709-6 in limited range: with E' = clamp(x/2 + 1/2, 0, 1) and L = 0.2126 R' + 0.7152 G' + 0.0722 B',
-    Y = 16 + 219 L, U = 128 + 224 (B' - L) / 1.8556, V = 128 + 224 (R' - L) / 1.5748, halves rounded up. A sample of U
-    and V lies on an even column, between two rows: it is of the mean colour of both rows' columns x-1, x, x+1, weighted
-    1:2:1, where column 0 stands for the one before it. H and W are even.
-
-    Also gives the number of values that are not finite, int32 (1,); where there are any, the bytes mean nothing.
-    """
-    _, num_frames, height, width = video_CFHW.shape
-    num_wrong = (~torch.isfinite(video_CFHW)).sum(dtype=torch.int32).reshape(1)
-    unit_CFHW = (video_CFHW.float() * 0.5 + 0.5).clamp(0, 1)
-    on_column, after = unit_CFHW[..., 0::2], unit_CFHW[..., 1::2]
-    before = torch.cat((on_column[..., :1], after[..., :-1]), dim=3)
-    rows_CFHw = (before + after) * 0.25 + on_column * 0.5
-    mean_CFhw = (rows_CFHw[:, :, 0::2] + rows_CFHw[:, :, 1::2]) * 0.5
-    luma_Fhw = _luma(mean_CFhw)
-    u_Fhw = 128 + (mean_CFhw[2] - luma_Fhw) * (224 / 1.8556)
-    v_Fhw = 128 + (mean_CFhw[0] - luma_Fhw) * (224 / 1.5748)
-    planes = [(plane + 0.5).to(torch.uint8).flatten(1) for plane in (16 + 219 * _luma(unit_CFHW), u_Fhw, v_Fhw)]
-    return torch.cat(planes, dim=1).view(num_frames, height * 3 // 2, width), num_wrong
-
-
 def rows_of_tokens(rows_BND: Tensor, index_BT: Tensor | None) -> Tensor:
     """The row of each token, (B, T, D); without an index the single row itself, (B, 1, D), left to broadcast."""
     if index_BT is None:
         return rows_BND
     sample_B1 = torch.arange(index_BT.shape[0], device=index_BT.device)[:, None]
     return rows_BND[sample_B1, index_BT]
-
-
-def _luma(rgb_CFHW: Tensor) -> Tensor:
-    return 0.2126 * rgb_CFHW[0] + 0.7152 * rgb_CFHW[1] + 0.0722 * rgb_CFHW[2]
 
 
 def _scaled(x_BTD: Tensor) -> ScaledRows:

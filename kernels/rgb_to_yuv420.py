@@ -7,7 +7,7 @@ even. All arithmetic is float32, halves are rounded up. A byte and a half a pixe
 take three, and no picture in float32 ever is. What is not finite is counted on the way. One program makes a stretch of
 one row of U and V, and the two rows of Y that it lies between.
 
-Defined by `kernels.reference.rgb_to_yuv420`, whose shape suffixes are used.
+Defined by `kernels.reference_pictures.rgb_to_yuv420`, whose shape suffixes are used.
 """
 
 # ruff: noqa: ANN001, ANN202  (device code: its arguments are addresses and numbers, typed by the compiler)
@@ -96,7 +96,7 @@ def _kernel(
 
 
 def rgb_to_yuv420(video_CFHW: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.reference.rgb_to_yuv420` on a GPU."""
+    """`kernels.reference_pictures.rgb_to_yuv420` on a GPU."""
     _, num_frames, height, width = video_CFHW.shape
     planes_FRW = torch.empty(num_frames, height * 3 // 2, width, dtype=torch.uint8, device=video_CFHW.device)
     num_wrong = torch.zeros(1, dtype=torch.int32, device=video_CFHW.device)

@@ -77,6 +77,17 @@ def require_contiguous(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got shape {tuple(x.shape)} of strides {x.stride()}")
 
 
+def require_channels_last(name: str, x_BCFHW: Tensor) -> None:
+    """ValueError unless each sample of x lies place after place, the channels of each next to each other.
+
+    So do some frames of a tensor that is `torch.channels_last_3d`, of however many samples.
+    """
+    if not x_BCFHW[:1].is_contiguous(memory_format=torch.channels_last_3d):
+        raise ValueError(
+            f"{name} must be torch.channels_last_3d, got shape {tuple(x_BCFHW.shape)} of strides {x_BCFHW.stride()}"
+        )
+
+
 def empty_rows(x_BTD: Tensor) -> ScaledRows:
     """Float8 rows for the tokens of x, yet to be written."""
     scale_BT1 = torch.empty(*x_BTD.shape[:-1], 1, dtype=torch.float32, device=x_BTD.device)

@@ -6,7 +6,7 @@ Random weights of the published decoder. Pixels are compared with those of diffu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from pipeline.engine.components.streamed_decoder import FRAMES_PER_CONVOLUTION, 
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder
 from pipeline.engine.decode import decode_frames
 from pipeline.engine.tiling import tiles_of_size
+from pipeline.errors import UsageError
 from pipeline.geometry import PixelShape, RenderShape, latent_shape
 from pipeline.model.hparams import DenoiserHparams
 from pipeline.records.frames import YuvFrames
@@ -33,8 +34,8 @@ DECODE_TIMESTEP = 0.05
 # Mean difference of bytes that other roundings to bfloat16 may make.
 _BOUND_LEVELS = 1.0
 _TILES = tiles_of_size(frames=(64, 24), height_px=(512, 64), width_px=(512, 64))
-# What a convolution of a stream is given at once.
-_FRAMES_PER_CONVOLUTION = (1, 2, 4, 8)
+# What a convolution of a fused stream is given at once.
+_FRAMES_PER_CONVOLUTION = (2, 4, 8, 16)
 Decode = Callable[[VideoDecoder, Tensor, RenderShape, DecodeNoise | None], Iterator[YuvFrames]]
 
 
@@ -45,7 +46,7 @@ class Way(NamedTuple):
     decode: Decode
     channels_last: bool = False
     frames_per_convolution: int = FRAMES_PER_CONVOLUTION
-    fuses_norms: bool = False
+    fuses: bool = False
     blends: bool = False
 
 
@@ -68,26 +69,17 @@ def _whole(decoder: VideoDecoder, latent: Tensor, shape: RenderShape, noise: Dec
         yield YuvFrames(planes_FRW.cpu().numpy())
 
 
-def _decoders(decoder: VideoDecoder) -> dict[str, VideoDecoder]:
+def _decoders(decoder: VideoDecoder, ways: Sequence[Way]) -> dict[str, VideoDecoder]:
     """One for each way, all of the same weights, of which there are two copies."""
     module: Any = copy.deepcopy(decoder.module)
     module = module.to(memory_format=torch.channels_last_3d)
     prepared = {}
-    for way in WAYS:
+    for way in ways:
         other = prepared[way.name] = copy.copy(decoder)
         if way.channels_last:
             other.module = module
-        fused = decoder.ops.rms_norm_silu if way.fuses_norms else None
-        other.manner = Manner(way.frames_per_convolution, fused)
+        other.manner = Manner(way.frames_per_convolution, decoder.ops if way.fuses else None)
     return prepared
-
-
-def _streams(num_frames: int) -> Iterator[Way]:
-    name = f"stream_{num_frames}"
-    yield Way(name, _as_worker, frames_per_convolution=num_frames)
-    yield Way(f"{name}_channels_last", _as_worker, True, num_frames)
-    # The kernel reads channels that lie next to each other.
-    yield Way(f"{name}_channels_last_fused", _as_worker, True, num_frames, fuses_norms=True)
 
 
 WHOLE = Way("whole", _whole)
@@ -95,19 +87,33 @@ WAYS = (
     WHOLE,
     Way("whole_channels_last", _whole, channels_last=True),
     Way("tiled", _in_tiles, blends=True),
-    *(way for num_frames in _FRAMES_PER_CONVOLUTION for way in _streams(num_frames)),
+    Way("stream_1", _as_worker),
+    # The kernels read channels that lie next to each other.
+    *(Way(f"stream_{n}_channels_last_fused", _as_worker, True, n, fuses=True) for n in _FRAMES_PER_CONVOLUTION),
 )
+
+
+def ways_named(names: Sequence[str] | None) -> tuple[Way, ...]:
+    """The ways of these names after the whole decode, which the others are compared with; all if none are given.
+
+    UsageError for an unknown one.
+    """
+    known = [way.name for way in WAYS]
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise UsageError(f"contestants must be of {', '.join(known)}, got {', '.join(unknown)}; see --help")
+    return tuple(way for way in WAYS if names is None or way is WHOLE or way.name in names)
 
 
 @torch.inference_mode()
 def measure_decodes(
-    config: Mapping[str, Any], model: ModelConfig, shapes: Mapping[str, PixelShape], device: str
+    config: Mapping[str, Any], model: ModelConfig, shapes: Mapping[str, PixelShape], ways: Sequence[Way], device: str
 ) -> Iterator[Row]:
-    """A row for each shape, as soon as it is measured. `config` is a file's metadata."""
+    """A row for each shape, as soon as it is measured. `config` is a file's metadata; the first way is `WHOLE`."""
     decoder = random_video_decoder(config["vae"], device)
     noise = DecodeNoise(DECODE_TIMESTEP) if decoder.takes_noise else None
     video = DenoiserHparams.from_config(config["transformer"], has_audio=model.size.has_audio).video
-    decoders = _decoders(decoder)
+    decoders = _decoders(decoder, ways)
     for label, pixels in shapes.items():
         shape, generator = latent_shape(pixels), torch.Generator(device).manual_seed(SEED)
         size = (1, config["vae"]["latent_channels"], shape.num_frames, shape.height, shape.width)
@@ -115,9 +121,9 @@ def measure_decodes(
         limits = measure_ceilings(shape.num_video_tokens, video.num_heads, video.head_dim, device)
         calls = {
             way.name: partial(way.decode, decoders[way.name], latent, RenderShape(pixels, pixels), noise)
-            for way in WAYS
+            for way in ways
         }
-        facts = _compared(calls, decoders, device)
+        facts = _compared(ways, calls, decoders, device)
         running = {name: partial(_run, calls[name]) for name, found in facts.items() if _may_run(found)}
         flops = model.size.decode_flops_per_pixel * pixels.num_frames * pixels.height * pixels.width
         floor_s = limits.floor_s(flops, in_float8=False)
@@ -133,12 +139,15 @@ def measure_decodes(
 
 
 def _compared(
-    calls: Mapping[str, Callable[[], Iterator[YuvFrames]]], decoders: Mapping[str, VideoDecoder], device: str
+    ways: Sequence[Way],
+    calls: Mapping[str, Callable[[], Iterator[YuvFrames]]],
+    decoders: Mapping[str, VideoDecoder],
+    device: str,
 ) -> dict[str, dict[str, Any]]:
     """Of each way: memory, and how far its pixels are from the whole decode's; or why it does not take part."""
     found: dict[str, dict[str, Any]] = {}
     wanted: list[np.ndarray] = []
-    for way in WAYS:
+    for way in ways:
         call = calls[way.name]
         try:
             decoded_bytes = added_bytes(partial(_run, call), device)

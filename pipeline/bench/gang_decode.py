@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.bench.decode import DECODE_TIMESTEP
-from pipeline.bench.random_parts import random_video_decoder
+from pipeline.bench.random_parts import as_loaded, random_video_decoder
 from pipeline.bench.tiers import SEED, Built, Case, Contestant, Step, Velocities, Weights
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder
 from pipeline.engine.decode import Delivery, decode_frames
@@ -29,7 +29,7 @@ def decoding(vae: Mapping[str, Any], world: Axis | None) -> Contestant:
     """The decoder of a `vae` section, as workers decode: over the ranks of `world`, or on this device alone."""
 
     def build(weights: Weights) -> Built:
-        decoder = random_video_decoder(vae, weights.device)
+        decoder = as_loaded(random_video_decoder(vae, weights.device), weights.device)
         if world is not None:
             decoder.share_rows = partial(share_rows, axis=world)
         hands_out = world is None or world.index == 0

@@ -32,6 +32,7 @@ from pipeline.engine.components.video_vae import (
     VideoDecoder,
     VideoEncoder,
     laid_out,
+    manner_on,
     video_decoder_blueprint,
     video_encoder_blueprint,
 )
@@ -110,8 +111,7 @@ def draw_parts(config: Mapping[str, Any], upscaler: Mapping[str, Any], model: Mo
     generator = torch.Generator(device).manual_seed(SEED)
     hparams = DenoiserHparams.from_config(config["transformer"], has_audio=model.size.has_audio)
     vae = dict(config["vae"])
-    decoder = random_video_decoder(vae, device)
-    decoder.module = laid_out(decoder.module, device)
+    decoder = as_loaded(random_video_decoder(vae, device), device)
     encoder = _drawn(video_encoder_blueprint(vae), "BF16", generator)
     upsampler = _drawn(latent_upsampler_blueprint(dict(upscaler)), "BF16", generator)
     modules = [decoder.module, encoder, upsampler]
@@ -147,6 +147,13 @@ def random_video_decoder(vae: Mapping[str, Any], device: str) -> VideoDecoder:
     statistics = ChannelStatistics(vae["latent_channels"]).to(device)
     takes_noise = vae.get("timestep_conditioning", False)
     return VideoDecoder(module, statistics, takes_noise=takes_noise, ops=fused_ops(device))
+
+
+def as_loaded(decoder: VideoDecoder, device: str) -> VideoDecoder:
+    """The decoder laid out and working as `load_video_decoder` leaves one on this device."""
+    decoder.module = laid_out(decoder.module, device)
+    decoder.manner = manner_on(device, decoder.ops)
+    return decoder
 
 
 def engine_of(parts: Parts, built: Built, device: str) -> RenderEngine:

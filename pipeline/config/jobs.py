@@ -179,7 +179,8 @@ class BenchJob:
     shapes: list[str] | None = None
     # Of `latency`: timed clips of natural pictures; of noise there is one.
     repeats: int = 3
-    # Of `step`, `gang` and `latency`: who takes part; the tiers and, but for `latency`, the peers if left out.
+    # Of `step`, `gang` and `latency`: who takes part; the tiers and, but for `latency`, the peers if left out. Of
+    # `decode`: the ways beside `whole`; all if left out.
     contestants: list[str] | None = None
     # Of `gang`: how a clip is spread over GPUs of this host.
     layouts: list[str] = field(default_factory=lambda: ["ulysses2", "ring2", "tensor2"])

@@ -139,7 +139,7 @@ class PrecisionConfig:
     # exact, or block_sparse: video tokens see some blocks of 128 others, chosen by what is in them, not all.
     attention: str = "exact"
     # With block_sparse: the part of the blocks that is seen. In short clips it may be more.
-    attention_density: float = 0.3
+    attention_density: float = 0.25
     # With block_sparse, what stays dense: stages of fewer video tokens, steps above a noise level (in which the clip
     # takes shape), and so many layers at the start and at the end.
     dense_below_tokens: int = 4096
@@ -177,7 +177,7 @@ class PrecisionConfig:
         require(ok, "precision.attention", " or ".join(kinds), self.attention, "use precision=fast")
         density, threshold = self.attention_density, self.step_cache_threshold
         rule = f"between {MIN_DENSITY} and 1"
-        require(MIN_DENSITY <= density <= 1, "precision.attention_density", rule, density, "use 0.3")
+        require(MIN_DENSITY <= density <= 1, "precision.attention_density", rule, density, "use 0.25")
         tokens = self.dense_below_tokens
         require(tokens >= 0, "precision.dense_below_tokens", "0 or more", tokens, "use 4096")
         level = self.dense_above_level

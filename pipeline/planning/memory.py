@@ -15,12 +15,13 @@ from pipeline.records.parallel import ONE_GPU, ParallelLayout
 from pipeline.records.request import RenderRequest
 
 # Activations in 16-bit numbers, from measurements on one H200 (torch 2.11, 121 frames): the LTX-2 denoiser's peak at
-# 32,640 tokens is 1.95 GB above its weights. The video is decoded frame by frame, so only a frame's pixels count:
-# with its weights the decoder takes 1.68 GB at 768x512 and 3.54 GB at 1920x1088 (tests/bench/results/decode.jsonl).
+# 32,640 tokens is 1.95 GB above its weights. The video is decoded eight frames at a time, so only a frame's pixels
+# count: with its 1.0 GB of weights the decoder takes 6.19 GB at 1920x1088 (stream_8_channels_last_fused of jobs.bench
+# decode, when windows still held what is normed beside what is not), and so about 2.0 GB at 768x512. More is planned.
 DENOISE_BYTES_PER_TOKEN_AND_CHANNEL = 15
 # Of these, what a rank has of all channels however the weights are split: the tokens, and the same normalised.
 WHOLE_BYTES_PER_TOKEN_AND_CHANNEL = 4
-DECODE_BYTES_PER_PIXEL_OF_A_FRAME = 1_800
+DECODE_BYTES_PER_PIXEL_OF_A_FRAME = 3_000
 DECODE_BYTES_AT_LEAST = 1.4e9
 # The upsampler takes the whole clip: an eighth of the decoder's sides, and less work at each place.
 UPSAMPLE_BYTES_PER_PIXEL = 109 / 64

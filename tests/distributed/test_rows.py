@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.ops import reference_ops
 from pipeline.engine.components.streamed_decoder import Manner
 from pipeline.engine.components.video_vae import DecodeNoise, VideoDecoder, load_video_decoder
 from pipeline.model.checkpoint import CheckpointFile
@@ -23,11 +24,14 @@ BOUND = 1e-12
 MODELS = ["vae_ltx2_0", "vae_ltx2_3", "vae_ltxv_0_9_8", "nano"]
 
 
-def pixels(groups: RankGroups | None, path: Path, latent_BCFHW: Tensor, frames: int, device: str = "cpu") -> Tensor:
+def pixels(
+    groups: RankGroups | None, path: Path, latent_BCFHW: Tensor, frames: int, device: str = "cpu", fuses: bool = False
+) -> Tensor:
     decoder = load_video_decoder(CheckpointFile(path), device=device, dtype=None)
     # A norm over channels that are nearly all 0 makes much of a rounding in float32 (8e-5 of scale was seen).
     decoder.module.double()
-    decoder.manner = Manner(frames)
+    # The plain operations, which know float64: Triton's do not.
+    decoder.manner = Manner(frames, reference_ops() if fuses else None)
     if groups is not None:
         decoder.share_rows = partial(share_rows, axis=groups.world)
     return torch.cat(list(decoder.stream(latent_BCFHW.to(device), noise=_noise_for(decoder))), dim=2).cpu()
@@ -56,6 +60,16 @@ def test_every_rank_has_the_pixels_of_one(
 ) -> None:
     latent_BCFHW = latent_of(num_rows)
     answers = ranks.run(layout, pixels, model(name), latent_BCFHW, frames)
+    assert_pixels_of_one(answers, pixels(None, model(name), latent_BCFHW, frames))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("layout", "num_rows", "frames"), [("tensor2", 5, 2), ("ring3", 7, 8)])
+def test_every_rank_with_fused_operations_has_the_pixels_of_one_without(
+    ranks: Ranks, model: Callable[[str], Path], name: str, layout: str, num_rows: int, frames: int
+) -> None:
+    latent_BCFHW = latent_of(num_rows)
+    answers = ranks.run(layout, pixels, model(name), latent_BCFHW, frames, "cpu", True)
     assert_pixels_of_one(answers, pixels(None, model(name), latent_BCFHW, frames))
 
 

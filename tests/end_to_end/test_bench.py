@@ -138,7 +138,7 @@ def test_a_measurement_adds_a_dated_row_for_each_shape(
     what: str, shapes: list[str], contestants: list[str], tmp_path: Path
 ) -> None:
     # Compiling diffusers for a CPU takes half a minute and shows nothing of a GPU.
-    chosen = [f"contestants=[{','.join(contestants)}]"] if what == "step" else []
+    chosen = [f"contestants=[{','.join(contestants)}]"] if what in ("step", "decode") else []
     done = run_command("bench", what, f"shapes=[{','.join(shapes)}]", f"results={tmp_path}", *chosen)
     rows = [json.loads(line) for line in (tmp_path / f"{what}.jsonl").read_text().splitlines()]
     assert [row["shape"] for row in rows] == shapes

@@ -13,8 +13,9 @@ import torch
 
 from jobs.entry import RenderJob, compose_job
 from kernels.ops import device_ops, fused_ops
-from pipeline.bench import attention, ceilings, peers, step, timing
+from pipeline.bench import attention, ceilings, decode, peers, step, timing
 from pipeline.bench.ceilings import Ceilings, judged
+from pipeline.bench.decode import WAYS, measure_decodes, ways_named
 from pipeline.bench.peers import PEERS
 from pipeline.bench.step import KNOWN, chosen, measure_steps
 from pipeline.bench.tiers import (
@@ -57,7 +58,8 @@ CEILINGS = Ceilings(1024, (0.7, 0.8), (1.4, 1.5), {"FLASH_ATTENTION": 0.3, "CUDN
 
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "measure_ceilings", lambda *given: CEILINGS)
+    for module in (step, decode):
+        monkeypatch.setattr(module, "measure_ceilings", lambda *given: CEILINGS)
 
 
 def measured(*contestants: Contestant) -> dict[str, dict[str, Any]]:
@@ -255,6 +257,22 @@ def test_an_unknown_contestant_is_refused_with_the_known() -> None:
         chosen(["exact", "fastest"])
     assert [contestant.name for contestant in chosen(["fp8", "plain"])] == ["fp8", "plain"]
     assert len(KNOWN) == len(TIERS) + len(PEERS) + len(GRAPHED) + len(ABLATIONS)
+
+
+def test_ways_of_decoding_are_chosen_beside_the_whole_which_they_are_compared_with() -> None:
+    assert ways_named(None) == WAYS
+    assert [way.name for way in ways_named(["tiled", "stream_8_channels_last_fused"])] == [
+        "whole", "tiled", "stream_8_channels_last_fused",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"contestants must be of whole, whole_channels_last.*got stream_9, tild;"):
+        ways_named(["tild", "whole", "stream_9"])
+
+
+def test_only_the_ways_that_are_asked_for_are_decoded() -> None:
+    ways = ways_named(["stream_2_channels_last_fused"])
+    (row,) = measure_decodes(CONFIG, NANO, {"64x64x9": PixelShape(9, 64, 64, 24.0)}, ways, "cpu")
+    assert list(row["contestants"]) == ["whole", "stream_2_channels_last_fused"]
+    assert row["contestants"]["stream_2_channels_last_fused"]["mean_levels"] <= 1
 
 
 def test_a_case_has_the_tokens_of_its_shape() -> None:

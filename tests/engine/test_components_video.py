@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import interpolate
 
-from pipeline.engine.components.video_vae import DecodeNoise, load_video_decoder, load_video_encoder
+from kernels.ops import reference_ops
+from pipeline.engine.components.streamed_decoder import Manner
+from pipeline.engine.components.video_vae import DecodeNoise, load_video_decoder, load_video_encoder, manner_on
 from pipeline.engine.decode import decode_frames
 from pipeline.engine.tiling import Span, Tiles, decode_in_tiles, encode_in_tiles, tiles_of_count, tiles_of_size
 from pipeline.errors import UsageError
@@ -35,6 +37,13 @@ def encoder(fixtures):
         return load_video_encoder(CheckpointFile(fixtures / folder / "model.safetensors"), device="cpu", dtype=None)
 
     return load
+
+
+def test_a_gpu_decodes_eight_frames_at_a_time_by_fused_operations_and_a_cpu_one_by_the_library(decoder):
+    """Another number or another way changes bits: raise RENDER_REVISION."""
+    ops = reference_ops()
+    assert manner_on("cuda:1", ops) == Manner(8, fused=ops)
+    assert manner_on("cpu", ops) == decoder("vae_ltx2_0").manner == Manner(1, fused=None)
 
 
 @pytest.mark.parametrize("folder", ["vae_ltx2_0", "vae_ltx2_3"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.reference import rgb_to_yuv420
+from kernels.reference_pictures import rgb_to_yuv420
 from pipeline.media.mux import EncodeSettings, write_clip
 from pipeline.records.frames import YuvFrames
 

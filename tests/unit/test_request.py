@@ -124,21 +124,21 @@ def test_a_file_name_is_safe_whatever_the_id() -> None:
 @pytest.mark.parametrize(
     ("row", "wishes", "key"),
     [
-        ({}, NO_WISHES, "3eebe2b5cd8ca80590ec4bd311d6cc00835f962bed64c91ab519ad84bbbbb4ea"),
+        ({}, NO_WISHES, "105e7387315a6d8c2075ca403844d0cd4edb14f6abd4985c58b13423c07f59b2"),
         (
             {"prompt": 'Größe "x"\\ \n雪 \u2028', "seed": -5},
             NO_WISHES,
-            "05b3973a9b899dc1603c2d1df6371c5bf12fd6e69420c8b6b6ec7829beb5e3da",
+            "f1a013660d300a45467a4de6775d2155baf4ccc687a3ca3a4db2bcf0ff076eb5",
         ),
         (
             {"fps": 29.97, "num_frames": 33, "seed": 2**62},
             NO_WISHES,
-            "405b2cbf99dff9f62358350ea588f837eea553f190cf2b035ec20a7d7b1ffca3",
+            "892354c0b3c9ec443c0adc27fe5f189162395dcdfe051d20bb90fdc41f7b0282",
         ),
         (
             {"width": 126},
             Wishes("rain", 5, None, None, True, (AdapterUse("/a", "a" * 64, 0.5), AdapterUse("/b", "b" * 64, -1.0))),
-            "893833da48b7559b2df0e27b0af8fd7948509ddaa3f38d6c2ec6f7769fddfd50",
+            "b99bc96e60d57171559e794dff32f39c2a4a84075ee517b123b03851a3686efe",
         ),
     ],
 )

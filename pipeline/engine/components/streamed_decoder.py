@@ -8,8 +8,8 @@ Libraries choose the order of a sum by the shape of what they are given. So whic
 fixed by the layer, by the constant `frames_per_convolution` and by the clip's length alone, and a frame's bits are the
 same however frames are taken, held or handed out. Where one block holds the whole clip, they are the whole decode's.
 
-Activations lie in memory as the weights do. Knows the layers of diffusers' decoder and shares their weights; loading
-and latents are `video_vae.py`'s.
+Activations lie in memory as the weights do, and channels last in the fused way. Knows the layers of diffusers' decoder
+and shares their weights; loading and latents are `video_vae.py`'s.
 
 Shapes: B batch, C channels, F frames, H height, W width.
 """
@@ -33,25 +33,28 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.ops import RmsNormSiluFn
+from kernels.ops import OpSet
 
 NeighboursFn = Callable[[Tensor, int], tuple[Tensor | None, Tensor | None]]
 """(rows of some frames, BCFHW; how many) -> so many rows above them and below them; None at the picture's edge"""
 
-# A change of it changes bits: raise RENDER_REVISION with it.
+# A change of either changes bits: raise RENDER_REVISION with it. On a GPU more frames fill it better: on one H200
+# 1920x1088x121 of LTX-2.0 took 0.984 s by one frame, 0.725 s and 6.2 GB by 8, 0.699 s and 21 GB by 32.
 FRAMES_PER_CONVOLUTION = 1
+GPU_FRAMES_PER_CONVOLUTION = 8
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How all layers of one decode work: at most so many frames at once, and norms with what follows them as one.
+    """How all layers of one decode work: at most so many frames at once, by `fused` operations or the library's.
 
-    Memory grows with the frames. Without `norm_silu` the library's own modules do its part. With `neighbours`, what is
-    decoded are some rows of the picture, and others decode those above and below.
+    Memory grows with the frames. With `fused`, what a convolution takes is written in one pass, norm, activation and
+    margin together, and its bias is added by whatever reads its answer next; activations then lie channels last. With
+    `neighbours`, what is decoded are some rows of the picture, and others decode those above and below.
     """
 
     frames_per_convolution: int = FRAMES_PER_CONVOLUTION
-    norm_silu: RmsNormSiluFn | None = None
+    fused: OpSet | None = None
     neighbours: NeighboursFn | None = None
 
 
@@ -76,6 +79,30 @@ _Modulation = tuple[Tensor, Tensor]
 """Scale and shift after a norm, (B,C,1,1,1)."""
 
 
+@dataclass(frozen=True)
+class _Activation:
+    """Norm, modulation and SiLU of what a convolution takes.
+
+    `bias_C` is that of the convolution before, which the fused way leaves to this one.
+    """
+
+    norm: Any
+    activate: Any
+    modulation: _Modulation | None
+    bias_C: Tensor | None = None
+
+    def by_library(self, frames: Tensor) -> Tensor:
+        normed = self.norm(frames)
+        if self.modulation is not None:
+            scale, shift = self.modulation
+            normed = normed * (1 + scale) + shift
+        activated: Tensor = self.activate(normed)
+        return activated
+
+    def framed(self, fused: OpSet, parts: list[Tensor], margin: tuple[int, int], *, reflects: bool) -> Tensor:
+        return fused.framed_norm_silu(parts, self.bias_C, self.modulation, self.norm.eps, margin, reflects)
+
+
 def can_stream(decoder: LTX2VideoDecoder3d) -> bool:
     """False for decoders that draw noise as they go: a frame's noise would depend on when it is decoded."""
     blocks = [module for module in decoder.modules() if isinstance(module, LTX2VideoResnetBlock3d)]
@@ -89,16 +116,16 @@ def stream_frames(
     if timestep_B is not None:
         assert decoder.timestep_scale_multiplier is not None, "a decoder that is told a timestep has it"
         timestep_B = timestep_B * decoder.timestep_scale_multiplier
-    if _is_channels_last(decoder.conv_in.conv.weight):
+    if manner.fused is not None or _is_channels_last(decoder.conv_in.conv.weight):
         latent_BCFHW = latent_BCFHW.contiguous(memory_format=torch.channels_last_3d)
     way = _Pass(manner, decoder.is_causal, timestep_B, latent_BCFHW.dtype)
     blocks = _regrouped(iter([_Block(latent_BCFHW, is_last=True)]), way, skip=0)
-    blocks = _convolved(decoder.conv_in, blocks, way)
+    blocks = _with_bias(decoder.conv_in, _convolved(decoder.conv_in, blocks, way), way)
     for block in (decoder.mid_block, *decoder.up_blocks):
         blocks = _through_block(block, blocks, way)
     (modulation,) = _modulations(decoder, _embedded(decoder, way), count=1)
-    blocks = _mapped(_activation(decoder.norm_out, decoder.conv_act, modulation, way), blocks)
-    blocks = _convolved(decoder.conv_out, blocks, way)
+    activation = _Activation(decoder.norm_out, decoder.conv_act, modulation)
+    blocks = _with_bias(decoder.conv_out, _convolved(decoder.conv_out, blocks, way, activation), way)
     patch = (decoder.patch_size_t, decoder.patch_size, decoder.patch_size)
     # In a patch the channels run down before they run across, in an upsampler's cell across before down.
     pixels = map(lambda block: _spread(block.frames.unflatten(1, (-1, *patch)).transpose(3, 4)), blocks)
@@ -116,8 +143,16 @@ def _through_block(
     return blocks
 
 
-def _convolved(layer: LTX2VideoCausalConv3d, blocks: Iterator[_Block], way: _Pass) -> Iterator[_Block]:
-    """The first frame stands for what is before the clip, the last for what is after it."""
+def _convolved(
+    layer: LTX2VideoCausalConv3d, blocks: Iterator[_Block], way: _Pass, activation: _Activation | None = None
+) -> Iterator[_Block]:
+    """The first frame stands for what is before the clip, the last for what is after it.
+
+    In the fused way the answers lack their bias, and a frame is normed again for each convolution that takes it: the
+    two of context are cheap beside a pass of its own for all.
+    """
+    if activation is not None and way.manner.fused is None:
+        blocks = _mapped(activation.by_library, blocks)
     context = layer.kernel_size[0] - 1
     ahead = 0 if way.is_causal else context // 2
     size = way.manner.frames_per_convolution
@@ -135,7 +170,7 @@ def _convolved(layer: LTX2VideoCausalConv3d, blocks: Iterator[_Block], way: _Pas
             count = min(size, num_answers)
             num_answers -= count
             taken, window = _taken(window, count + context), _without(window, count)
-            yield _Block(_answer(layer, taken, way.manner.neighbours), is_last and num_answers == 0)
+            yield _Block(_answer(layer, taken, way.manner, activation), is_last and num_answers == 0)
 
 
 def _taken(parts: list[Tensor], count: int) -> list[Tensor]:
@@ -160,29 +195,51 @@ def _without(parts: list[Tensor], count: int) -> list[Tensor]:
     return rest
 
 
-def _answer(layer: LTX2VideoCausalConv3d, taken: list[Tensor], neighbours: NeighboursFn | None) -> Tensor:
-    conv = layer.conv
+def _answer(
+    layer: LTX2VideoCausalConv3d, taken: list[Tensor], manner: Manner, activation: _Activation | None
+) -> Tensor:
+    conv, fused = layer.conv, manner.fused
     layout = torch.channels_last_3d if _is_channels_last(conv.weight) else torch.contiguous_format
     reflects = conv.padding_mode == "reflect"
-    if not reflects and neighbours is None:
+    if fused is None and not reflects and manner.neighbours is None:
         joined_BCFHW = torch.cat(taken, dim=2).contiguous(memory_format=layout)
         taken.clear()
-        answer: Tensor = conv(joined_BCFHW)
-        return answer
+        padded: Tensor = conv(joined_BCFHW)
+        return padded
     # The library's reflection is a pass of its own, on a GPU forgets where channels lie, and knows no neighbours.
     margin = conv.kernel_size[1] // 2, conv.kernel_size[2] // 2
-    joined_BCFHW = _framed(taken, layout, margin, reflects=reflects)
-    if neighbours is not None:
-        rows = margin[0]
-        height = joined_BCFHW.shape[3] - 2 * rows
-        # With the columns of their margins, which are made alike everywhere.
-        above, below = neighbours(joined_BCFHW[..., rows : rows + height, :], rows)
-        if above is not None:
-            joined_BCFHW[..., :rows, :] = above
-        if below is not None:
-            joined_BCFHW[..., rows + height :, :] = below
+    if fused is None:
+        joined_BCFHW = _framed(taken, layout, margin, reflects=reflects)
+    elif activation is None:
+        joined_BCFHW = fused.framed(taken, margin, reflects)
+    else:
+        joined_BCFHW = activation.framed(fused, taken, margin, reflects=reflects)
+    if manner.neighbours is not None:
+        _take_rows(joined_BCFHW, margin[0], manner.neighbours)
     taken.clear()
-    return functional.conv3d(joined_BCFHW, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+    # A GPU's convolution adds its bias in a pass of its own, one number a thread.
+    bias_C = conv.bias if fused is None else None
+    answer = functional.conv3d(joined_BCFHW, conv.weight, bias_C, conv.stride, 0, conv.dilation, conv.groups)
+    # So cuDNN's lie already; where a library falls back to another convolution, its answer may not.
+    return answer if fused is None else answer.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _take_rows(framed_BCFHW: Tensor, rows: int, neighbours: NeighboursFn) -> None:
+    """Margins become what the neighbours have within, where there are neighbours; all columns are made alike."""
+    height = framed_BCFHW.shape[3] - 2 * rows
+    above, below = neighbours(framed_BCFHW[..., rows : rows + height, :], rows)
+    if above is not None:
+        framed_BCFHW[..., :rows, :] = above
+    if below is not None:
+        framed_BCFHW[..., rows + height :, :] = below
+
+
+def _with_bias(layer: LTX2VideoCausalConv3d, blocks: Iterator[_Block], way: _Pass) -> Iterator[_Block]:
+    """Answers of `_convolved` with what the fused way has left out of them."""
+    fused, bias_C = way.manner.fused, layer.conv.bias
+    if fused is None or bias_C is None:
+        return blocks
+    return _mapped(lambda frames: fused.add_with_bias_(frames, bias_C, ()), blocks)
 
 
 def _framed(parts: list[Tensor], layout: torch.memory_format, margin: tuple[int, int], *, reflects: bool) -> Tensor:
@@ -210,12 +267,15 @@ def _framed(parts: list[Tensor], layout: torch.memory_format, margin: tuple[int,
 
 
 def _through_resnet(resnet: Any, blocks: Iterator[_Block], embedding: Tensor | None, way: _Pass) -> Iterator[_Block]:
-    first, second = _modulations(resnet, embedding, count=2)
-    waiting = _Waiting()
-    hidden = _mapped(_activation(resnet.norm1, resnet.nonlinearity, first, way), waiting.noting(blocks))
-    hidden = _convolved(resnet.conv1, hidden, way)
-    hidden = _mapped(_activation(resnet.norm2, resnet.nonlinearity, second, way), hidden)
-    return _mapped(waiting.added_to, _convolved(resnet.conv2, hidden, way))
+    modulations, waiting = _modulations(resnet, embedding, count=2), _Waiting()
+    first = _Activation(resnet.norm1, resnet.nonlinearity, modulations[0])
+    second = _Activation(resnet.norm2, resnet.nonlinearity, modulations[1], resnet.conv1.conv.bias)
+    hidden = _convolved(resnet.conv1, waiting.noting(blocks), way, first)
+    hidden = _convolved(resnet.conv2, hidden, way, second)
+    fused, bias_C = way.manner.fused, resnet.conv2.conv.bias
+    if fused is None:
+        return _mapped(waiting.added_to, hidden)
+    return _mapped(lambda frames: fused.add_with_bias_(frames, bias_C, waiting.take_parts(frames.shape[2])), hidden)
 
 
 def _upsampled(layer: LTX2VideoUpsampler3d, blocks: Iterator[_Block], way: _Pass) -> Iterator[_Block]:
@@ -230,8 +290,8 @@ def _upsampled(layer: LTX2VideoUpsampler3d, blocks: Iterator[_Block], way: _Pass
             larger.unflatten(1, (repeats, -1)).add_(_spread(around.unflatten(1, (-1, *stride))).unsqueeze(1))
         return larger
 
-    answers = _mapped(enlarged, _convolved(layer.conv, waiting.noting(blocks), way))
-    return _regrouped(answers, way, skip=stride[0] - 1)
+    answers = _with_bias(layer.conv, _convolved(layer.conv, waiting.noting(blocks), way), way)
+    return _regrouped(_mapped(enlarged, answers), way, skip=stride[0] - 1)
 
 
 def _regrouped(blocks: Iterator[_Block], way: _Pass, *, skip: int) -> Iterator[_Block]:
@@ -273,17 +333,19 @@ class _Waiting:
 
     def take(self, count: int) -> Tensor:
         """The `count` frames that have waited longest."""
-        return _joined(self._take(count))
+        return _joined(self.take_parts(count))
 
     def added_to(self, frames: Tensor) -> Tensor:
         """`frames`, to which as many that wait are added in place."""
         begin = 0
-        for part in self._take(frames.shape[2]):
-            frames[:, :, begin : begin + part.shape[2]] += part
+        for part in self.take_parts(frames.shape[2]):
+            # Not `+=` on a slice, which copies it onto itself afterwards.
+            frames.narrow(2, begin, part.shape[2]).add_(part)
             begin += part.shape[2]
         return frames
 
-    def _take(self, count: int) -> list[Tensor]:
+    def take_parts(self, count: int) -> list[Tensor]:
+        """The same, as they lie."""
         taken, self._parts = _taken(self._parts, count), _without(self._parts, count)
         return taken
 
@@ -322,13 +384,3 @@ def _modulations(owner: Any, embedding: Tensor | None, *, count: int) -> list[_M
     table_KC111 = owner.scale_shift_table[..., None, None, None]
     rows = (embedding.unflatten(1, (2 * count, -1)) + table_KC111).unbind(dim=1)
     return list(zip(rows[1::2], rows[::2], strict=True))
-
-
-def _activation(norm: Any, activate: Any, modulation: _Modulation | None, way: _Pass) -> Callable[[Tensor], Tensor]:
-    fused = way.manner.norm_silu
-    if fused is not None:
-        return lambda frames: fused(frames, modulation, norm.eps)
-    if modulation is None:
-        return lambda frames: activate(norm(frames))
-    scale, shift = modulation
-    return lambda frames: activate(norm(frames) * (1 + scale) + shift)

@@ -24,7 +24,12 @@ from torch import Tensor, nn
 
 from kernels.ops import OpSet, reference_ops
 from pipeline.engine.components.blueprint import Blueprint, load_statistics, section
-from pipeline.engine.components.streamed_decoder import Manner, can_stream, stream_frames
+from pipeline.engine.components.streamed_decoder import (
+    GPU_FRAMES_PER_CONVOLUTION,
+    Manner,
+    can_stream,
+    stream_frames,
+)
 from pipeline.engine.latents import ChannelStatistics
 from pipeline.engine.tiling import Tiles, decode_in_tiles, encode_in_tiles
 from pipeline.errors import UsageError
@@ -166,7 +171,16 @@ def load_video_decoder(
     module = video_decoder_blueprint(vae).fill(checkpoint, device=device, dtype=dtype, what="the video decoder")
     module = laid_out(module, device)
     statistics = load_statistics(checkpoint, "vae", num_channels=vae["latent_channels"], device=device)
-    return VideoDecoder(module, statistics, takes_noise=vae.get("timestep_conditioning", False), ops=ops)
+    decoder = VideoDecoder(module, statistics, takes_noise=vae.get("timestep_conditioning", False), ops=ops)
+    decoder.manner = manner_on(device, ops)
+    return decoder
+
+
+def manner_on(device: str, ops: OpSet) -> Manner:
+    """How production decodes on a device of this kind: the same on every rung of memory, for it changes bits."""
+    if torch.device(device).type == "cuda":
+        return Manner(GPU_FRAMES_PER_CONVOLUTION, fused=ops)
+    return Manner()
 
 
 def laid_out(decoder: Any, device: str) -> Any:
