@@ -218,13 +218,13 @@ def _with_flash_attention(ops: OpSet, device: str) -> OpSet:
 
 
 def with_block_sparse_attention(ops: OpSet, device: str) -> OpSet:
-    """`ops` with the fastest block-sparse attention that a device of this kind has, which on "cuda" is NVIDIA's.
+    """`ops` with the fastest block-sparse attention that a device of this kind has, on "cuda" FlashAttention-4's.
 
-    ImportError without its libraries; other operations need none of them.
+    ImportError without that library, which other operations do without.
     """
     if device.split(":")[0] != "cuda":
         return ops
-    # Libraries of a gigabyte, which only the tier that asks for them should need.
-    from kernels import block_sparse_attention
+    # A library of a gigabyte, which only the tier that asks for it must have.
+    from kernels import flash_attention
 
-    return replace(ops, block_sparse_attention=block_sparse_attention.block_sparse_attention)
+    return replace(ops, block_sparse_attention=flash_attention.block_sparse_attention)

@@ -95,5 +95,9 @@ def empty_rows(x_BTD: Tensor) -> ScaledRows:
 
 
 def num_warps_for(block: int) -> int:
-    """Warps of a program that holds `block` channels: 16 of them a thread, so that each loads 16 bytes twice."""
-    return max(1, min(16, block // 512))
+    """Warps of a program that holds `block` channels: 32 of them a thread, so that each loads 16 bytes four times.
+
+    On one H200 half as many threads took 0.115 ms for a quantised norm of 32,640 rows of 4,096, these twice as many
+    0.133; others differ by less than a twentieth.
+    """
+    return max(1, min(16, block // 1024))

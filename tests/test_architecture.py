@@ -128,7 +128,6 @@ FENCES: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("pipeline.parallel",),
     # The bench times its denoiser as a peer.
     "xfuser": ("pipeline.parallel", "pipeline.bench.xdit"),
-    "cudnn": ("kernels.block_sparse_attention",),
     "flash_attn": ("kernels.flash_attention",),
     "safetensors": ("pipeline.model.checkpoint", "pipeline.engine.nano"),
     # The bench times it as a peer.

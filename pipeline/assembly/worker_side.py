@@ -77,8 +77,8 @@ def operations(precision: PrecisionConfig, device: str) -> OpSet:
         return with_block_sparse_attention(ops, device)
     except ImportError as error:
         raise UsageError(
-            f"precision.attention=block_sparse must find nvidia-cudnn-frontend and nvidia-cutlass-dsl on a GPU, got: "
-            f"{error}; install the extra `sparse` (pip install '.[sparse]') or use precision.attention=exact"
+            f"precision.attention=block_sparse must find flash-attn-4 on a GPU, got: {error}; install the extra "
+            "`flash` (pip install '.[flash]') or use precision.attention=exact"
         ) from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 Row = dict[str, Any]
 # What the seconds depend on; those that are not installed are left out.
-_PACKAGES = ("torch", "triton", "diffusers", "nvidia-cudnn-cu13", "nvidia-cudnn-frontend", "xfuser", "ray")
+_PACKAGES = ("torch", "triton", "diffusers", "nvidia-cudnn-cu13", "flash-attn-4", "xfuser", "ray")
 
 
 def new_row(what: str, **facts: Any) -> Row:

@@ -37,7 +37,10 @@ SIGMA = 0.9
 # The tiers of conf/precision; a test holds them to it.
 EXACT = PrecisionConfig()
 FP8 = PrecisionConfig("fp8", linear="fp8")
-FAST = PrecisionConfig("fast", linear="fp8", attention="block_sparse")
+FAST = PrecisionConfig(
+    "fast", linear="fp8", keep_first_blocks=1, keep_last_blocks=1, attention="block_sparse", dense_first_layers=1,
+    dense_last_layers=1,
+)  # fmt: skip
 Velocities = tuple[Tensor | None, Tensor | None]
 Step = Callable[[], Velocities]
 

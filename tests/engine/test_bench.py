@@ -162,12 +162,12 @@ def test_without_the_library_attention_over_blocks_fails_and_dense_attention_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def missing(ops: Any, device: str) -> Any:
-        raise ImportError("No module named 'cudnn'")
+        raise ImportError("No module named 'flash_attn'")
 
     monkeypatch.setattr(attention, "with_block_sparse_attention", missing)
     found = attention.measure_attention(LatentShape(2, 2, 2, 1, 24.0), 4, 16, CEILINGS, "cpu")
     assert found["self_attention"]["fused"]["median_s"] > 0
-    assert found["block_sparse_attention_0.3"] == {"failure": "ImportError: No module named 'cudnn'"}
+    assert found["block_sparse_attention_0.3"] == {"failure": "ImportError: No module named 'flash_attn'"}
 
 
 @pytest.mark.parametrize("contestant", ABLATIONS, ids=lambda contestant: contestant.name)

@@ -142,7 +142,7 @@ def test_sixteen_bit_numbers_that_only_the_eight_bit_ones_were_made_of_are_gone(
 def failing(at: str) -> Contestant:
     def build(weights: Weights) -> Built:
         if at == "build":
-            raise ImportError("No module named 'cudnn'\nmore")
+            raise ImportError("No module named 'flash_attn'\nmore")
         built = KNOWN["fp8"].build(weights)
         denoiser: Any = built.module
 
@@ -156,7 +156,8 @@ def failing(at: str) -> Contestant:
 
 
 @pytest.mark.parametrize(
-    ("at", "why"), [("build", "ImportError: No module named 'cudnn'"), ("step", "EngineFault: OutOfMemory: a clip of")]
+    ("at", "why"),
+    [("build", "ImportError: No module named 'flash_attn'"), ("step", "EngineFault: OutOfMemory: a clip of")],
 )
 def test_a_contestant_that_fails_is_reported_and_the_others_are_timed(
     plan: LatencyPlan, tmp_path: Path, at: str, why: str

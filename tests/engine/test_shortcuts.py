@@ -143,10 +143,10 @@ def test_sparse_attention_that_cannot_be_is_refused_before_weights_are_read(nano
 
 def test_a_gpu_worker_without_the_library_says_what_to_install(monkeypatch):
     def missing(ops, device):
-        raise ImportError("No module named 'cudnn'")
+        raise ImportError("No module named 'flash_attn'")
 
     monkeypatch.setattr(worker_side, "with_block_sparse_attention", missing)
-    with pytest.raises(UsageError, match=r"got: No module named 'cudnn'; install the extra `sparse`"):
+    with pytest.raises(UsageError, match=r"got: No module named 'flash_attn'; install the extra `flash`"):
         worker_side.operations(PrecisionConfig(attention="block_sparse", kernels="reference"), "cuda")
     worker_side.operations(PrecisionConfig(kernels="reference"), "cuda")
 

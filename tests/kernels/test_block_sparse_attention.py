@@ -52,16 +52,16 @@ def test_reference_over_all_blocks_is_dense_attention(num_queries, num_keys):
 def test_operations_import_without_the_library_and_a_cpu_needs_none():
     script = (
         "import sys, kernels.ops as ops\n"
-        "assert not {'cudnn', 'cutlass'} & set(sys.modules)\n"
+        "assert not {'flash_attn', 'cutlass'} & set(sys.modules)\n"
         "assert ops.with_block_sparse_attention(ops.reference_ops(), 'cpu') == ops.reference_ops()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cudnn") is not None, reason="the library is installed here")
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the library is installed here")
 def test_cuda_operations_without_the_library_are_an_import_error():
-    with pytest.raises(ImportError, match="cudnn"):
+    with pytest.raises(ImportError, match="flash_attn"):
         with_block_sparse_attention(device_ops("cuda"), "cuda")
 
 
@@ -71,7 +71,7 @@ def test_cuda_operations_without_the_library_are_an_import_error():
 @pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cuda_block_sparse_attention_is_the_reference(num_queries, num_keys, channels, dtype):
-    pytest.importorskip("cudnn", reason="needs the extra `sparse`")
+    pytest.importorskip("flash_attn.cute", reason="needs the extra `flash`")
     q, k, v, seen = drawn(num_queries, num_keys, channels, device="cuda", dtype=dtype)
     # As the model lays values out: heads inside a token.
     v = v.transpose(1, 2).contiguous().transpose(1, 2)

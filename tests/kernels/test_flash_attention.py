@@ -17,15 +17,22 @@ def flash(monkeypatch):
     """Our module over a library that computes the reference and notes what it was given."""
     given = []
 
-    def flash_attn_func(q, k, v):
+    def flash_attn_func(q, k, v, block_sparse_tensors=None):
         given.append((tuple(q.shape), tuple(k.shape)))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if block_sparse_tensors is not None:
+            seen = block_sparse_tensors.full_block_idx
+            assert (block_sparse_tensors.full_block_cnt == seen.shape[-1]).all()
+            assert (block_sparse_tensors.mask_block_cnt == 0).all()
+            assert (seen.diff(dim=-1) > 0).all(), "a short block must be the last"
+            return reference.block_sparse_attention(q, k, v, seen).transpose(1, 2).contiguous(), None
         return reference.attention(q, k, v, None).transpose(1, 2).contiguous(), None
 
-    library = types.ModuleType("flash_attn.cute")
-    library.flash_attn_func = flash_attn_func
+    library, blocks = types.ModuleType("flash_attn.cute"), types.ModuleType("flash_attn.cute.block_sparsity")
+    library.flash_attn_func, blocks.BlockSparseTensorsTorch = flash_attn_func, types.SimpleNamespace
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", library)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.block_sparsity", blocks)
     monkeypatch.delitem(sys.modules, "kernels.flash_attention", raising=False)
     from kernels import flash_attention
 
@@ -46,9 +53,9 @@ def drawn(num_queries, num_keys, channels=64, dtype=torch.bfloat16, device="cpu"
 
 def test_long_attention_goes_to_the_library_token_by_token(flash):
     module, given = flash
-    q, k, v = drawn(2100, 600)
+    q, k, v = drawn(2100, 2060)
     mixed = module.attention(q, k, v, None)
-    assert given == [((2, 2100, 3, 64), (2, 600, 3, 64))]
+    assert given == [((2, 2100, 3, 64), (2, 2060, 3, 64))]
     assert mixed.shape == q.shape and mixed.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(mixed, reference.attention(q, k, v, None))
 
@@ -56,11 +63,11 @@ def test_long_attention_goes_to_the_library_token_by_token(flash):
 @pytest.mark.parametrize(
     ("num_queries", "num_keys", "channels", "dtype", "with_bias"),
     [
-        (2100, 600, 64, torch.bfloat16, True),  # the library knows no bias
-        (2100, 600, 64, torch.float32, False),  # nor float32
-        (2100, 600, 48, torch.bfloat16, False),
+        (2100, 2060, 64, torch.bfloat16, True),  # the library knows no bias
+        (2100, 2060, 64, torch.float32, False),  # nor float32
+        (2100, 2060, 48, torch.bfloat16, False),
         (126, 2100, 64, torch.bfloat16, False),
-        (2100, 126, 64, torch.bfloat16, False),
+        (2100, 1024, 64, torch.bfloat16, False),
     ],
 )
 def test_all_else_stays_with_torch(flash, num_queries, num_keys, channels, dtype, with_bias):
@@ -74,10 +81,21 @@ def test_all_else_stays_with_torch(flash, num_queries, num_keys, channels, dtype
 def test_each_shape_says_once_who_attends_to_it(flash, caplog):
     module, _ = flash
     with caplog.at_level(logging.INFO, logger="kernels.flash_attention"):
-        for num_keys in (600, 600, 64):
+        for num_keys in (2060, 2060, 64):
             module.attention(*drawn(2100, num_keys), None)
     facts = [record.facts for record in caplog.records]
-    assert [(fact["keys"], fact["library"]) for fact in facts] == [(600, "flash-attn-4"), (64, "cudnn")]
+    assert [(fact["keys"], fact["library"]) for fact in facts] == [(2060, "flash-attn-4"), (64, "cudnn")]
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(300, 300), (130, 500)])
+def test_chosen_blocks_go_to_the_library_in_order(flash, num_queries, num_keys):
+    module, given = flash
+    q, k, v = drawn(num_queries, num_keys)
+    num_blocks = -(-num_queries // reference.BLOCK_TOKENS), -(-num_keys // reference.BLOCK_TOKENS)
+    seen = torch.rand(2, 3, *num_blocks).topk(2).indices.int()
+    mixed = module.block_sparse_attention(q, k, v, seen)
+    assert len(given) == 1 and mixed.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(mixed, reference.block_sparse_attention(q, k, v, seen))
 
 
 def test_without_the_library_operations_are_as_they_were_and_it_is_said(monkeypatch, caplog):
@@ -91,7 +109,7 @@ def test_without_the_library_operations_are_as_they_were_and_it_is_said(monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; run make test-gpu on a machine with one")
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(2048, 512), (2100, 1024), (8160, 8160), (8160, 1024)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(2048, 2048), (2100, 2060), (8160, 8160), (8160, 3000)])
 @pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_on_a_gpu_is_the_reference(num_queries, num_keys, channels, dtype):
