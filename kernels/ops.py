@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import cudnn_attention, linear_gelu, reference, reference_pictures, scaled_mm
-from kernels.rows import Modulation, Rotary, ScaledRows
+from kernels.rows import Modulation, ScaledRows
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,14 @@ GatedResidualNormQuantisedFn = Callable[
 ]
 """As `GatedResidualNormFn` -> BTD and rows of its norm"""
 
-QkNormRopeFn = Callable[[Tensor, Tensor, "Rotary | None", int, float], Tensor]
-"""(x_BTD, weight_D, rotary or None, num_heads, eps) -> BHTK"""
+QkNormRopeFn = Callable[[Tensor, Tensor, "tuple[Tensor, Tensor] | None", int, float], Tensor]
+"""(x_BTD, weight_D, (cos_BHTP, sin_BHTP) or None, num_heads, eps) -> BHTK"""
 
 SumOfSquaresFn = Callable[[Tensor], Tensor]
 """x_BTD -> float32 BT1"""
 
-QkScaleRopeFn = Callable[[Tensor, Tensor, Tensor, "Rotary | None", int], Tensor]
-"""(x_BTD, inverse_BT1, weight_D, rotary or None, num_heads) -> BHTK"""
+QkScaleRopeFn = Callable[[Tensor, Tensor, Tensor, "tuple[Tensor, Tensor] | None", int], Tensor]
+"""(x_BTD, inverse_BT1, weight_D, (cos_BHTP, sin_BHTP) or None, num_heads) -> BHTK"""
 
 GateHeadsFn = Callable[[Tensor, Tensor], Tensor]
 """(x_BTD, logits_BTH) -> BTD"""
@@ -179,7 +179,7 @@ def fused_ops(device: str) -> OpSet:
     )
 
     return replace(
-        device_ops(device),
+        _with_flash_attention(device_ops(device), device),
         block_promise=block_promise.block_promise,
         rms_norm=modulated_rms_norm.rms_norm,
         modulated_rms_norm=modulated_rms_norm.modulated_rms_norm,

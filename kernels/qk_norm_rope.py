@@ -2,12 +2,9 @@
 
     y = x / sqrt(mean(x^2 over all D channels) + eps) * weight;   (a, b) -> (a cos - b sin, b cos + a sin)
 
-x (B, T, D = H * K), contiguous, of float32, bfloat16 or float16; weight (D,); a rotary (`kernels.rows.Rotary`) for cos
-and sin, or None for the norm alone. a and b are the two halves of a head's channels, or (interleaved) its even and odd
-ones. Everything is float32 and rounded once, to the dtype of x. One program a token holds its row in registers.
-
-Cosines and sines are found by a token's places along the axes, in a table of a few hundred kilobytes that stays in the
-level 2 cache. Written out for each token they would be twice what is read of x: half of the kernel's time.
+x (B, T, D = H * K), contiguous, of float32, bfloat16 or float16; weight (D,); cos and sin float32 (B or 1, H, T, K/2),
+contiguous, or None for the norm alone. a and b are the two halves of a head's channels, or (interleaved) its even and
+odd ones. Everything is float32 and rounded once, to the dtype of x. One program a token holds its row in registers.
 
 Where the channels of a token are held by several devices this comes in two halves: the sum of squares of those here,
 then, once the devices have added theirs up, the rest by the inverse of the norm.
@@ -26,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows import Rotary, num_warps_for, require_contiguous
+from kernels.rows import num_warps_for, require_contiguous
 
 
 @triton.jit
@@ -64,9 +61,8 @@ def _store_pairs(row, a, b, H: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.co
 
 @triton.jit
 def _kernel(
-    x, inverse_rms, weight, turns, rows, y, num_tokens, rows_sample_stride, num_frequencies, offset, eps,
-    H: tl.constexpr, P: tl.constexpr, AXES: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    x, inverse_rms, weight, cos, sin, y, num_tokens, table_sample_stride, eps, H: tl.constexpr, P: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     token_row = tl.program_id(0).to(tl.int64)
     row = token_row * (2 * H * P)
@@ -78,18 +74,14 @@ def _kernel(
     weight_a, weight_b = _load_pairs(weight, H, P, INTERLEAVED, HEADS, PAIRS)
     a = a * inverse * weight_a
     b = b * inverse * weight_b
-    if turns is not None:
+    if cos is not None:
         head = tl.arange(0, HEADS)[:, None]
         pair = tl.arange(0, PAIRS)[None, :]
-        place = head * P + pair + offset
-        mask = (head < H) & (pair < P) & (place >= 0)
-        at = rows + (token_row // num_tokens) * rows_sample_stride + (token_row % num_tokens) * AXES
-        turns_row = tl.load(at)
-        for axis in tl.static_range(1, AXES):
-            turns_row = tl.where(place % AXES == axis, tl.load(at + axis), turns_row)
-        turn = turns + (turns_row * num_frequencies + place // AXES) * 2
-        c = tl.load(turn, mask=mask, other=1.0)
-        s = tl.load(turn + 1, mask=mask, other=0.0)
+        mask = (head < H) & (pair < P)
+        of_sample = (token_row // num_tokens) * table_sample_stride
+        at = of_sample + (head * num_tokens + token_row % num_tokens) * P + pair
+        c = tl.load(cos + at, mask=mask, other=0.0)
+        s = tl.load(sin + at, mask=mask, other=0.0)
         a, b = a * c - b * s, b * c + a * s
     _store_pairs(y + row, a, b, H, P, INTERLEAVED, HEADS, PAIRS)
 
@@ -102,27 +94,29 @@ def _sum_kernel(x, total, D: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(total + row, tl.sum(values * values, axis=0))
 
 
-def qk_norm_rope(x_BTD: Tensor, weight_D: Tensor, rotary: Rotary | None, num_heads: int, eps: float) -> Tensor:
+def qk_norm_rope(
+    x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
+) -> Tensor:
     """`kernels.reference.qk_norm_rope` on a GPU, (B, H, T, K) as a view of (B, T, D). ValueError if a layout is off."""
     return _launch(x_BTD, eps, weight_D, rotary, num_heads, interleaved=False)
 
 
 def qk_norm_rope_interleaved(
-    x_BTD: Tensor, weight_D: Tensor, rotary: Rotary | None, num_heads: int, eps: float
+    x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
 ) -> Tensor:
     """`kernels.reference.qk_norm_rope_interleaved`, otherwise as `qk_norm_rope`."""
     return _launch(x_BTD, eps, weight_D, rotary, num_heads, interleaved=True)
 
 
 def qk_scale_rope(
-    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: Rotary | None, num_heads: int
+    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int
 ) -> Tensor:
     """`kernels.reference.qk_scale_rope` on a GPU, otherwise as `qk_norm_rope`."""
     return _launch(x_BTD, inverse_BT1, weight_D, rotary, num_heads, interleaved=False)
 
 
 def qk_scale_rope_interleaved(
-    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: Rotary | None, num_heads: int
+    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int
 ) -> Tensor:
     """`kernels.reference.qk_scale_rope_interleaved` on a GPU, otherwise as `qk_norm_rope`."""
     return _launch(x_BTD, inverse_BT1, weight_D, rotary, num_heads, interleaved=True)
@@ -142,7 +136,7 @@ def _launch(
     x_BTD: Tensor,
     norm: Tensor | float,
     weight_D: Tensor,
-    rotary: Rotary | None,
+    rotary: tuple[Tensor, Tensor] | None,
     num_heads: int,
     *,
     interleaved: bool,
@@ -154,20 +148,19 @@ def _launch(
         require_contiguous("inverse_BT1", inverse_BT1)
     num_samples, num_tokens, width = x_BTD.shape
     num_pairs = width // num_heads // 2
-    turns, rows, sample_stride, num_axes, num_frequencies, offset = None, None, 0, 1, 0, 0
-    if rotary is not None:
-        turns, rows, offset = rotary
-        num_frequencies, num_axes = turns.shape[1], rows.shape[2]
-        if rows.shape[:2] not in ((1, num_tokens), (num_samples, num_tokens)):
-            raise ValueError(f"row_BTA must be (1 or {num_samples}, {num_tokens}, A), got {tuple(rows.shape)}")
-        require_contiguous("turns_RF2", turns)
-        require_contiguous("row_BTA", rows)
-        sample_stride = rows.stride(0) if rows.shape[0] > 1 else 0
+    cos, sin = (None, None) if rotary is None else rotary
+    sample_stride = 0
+    if cos is not None and sin is not None:
+        wanted = (num_heads, num_tokens, num_pairs)
+        if cos.shape[1:] != wanted or cos.shape[0] not in (1, num_samples) or not cos.is_contiguous():
+            raise ValueError(f"cos must be contiguous (1 or {num_samples}, *{wanted}), got {tuple(cos.shape)}")
+        if sin.shape != cos.shape or not sin.is_contiguous():
+            raise ValueError(f"sin must be laid out as cos, {tuple(cos.shape)}, got {tuple(sin.shape)}")
+        sample_stride = cos.stride(0) if cos.shape[0] > 1 else 0
     y_BTD = torch.empty_like(x_BTD)
     heads, pairs = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_pairs)
     _kernel[(num_samples * num_tokens,)](
-        x_BTD, inverse_BT1, weight_D, turns, rows, y_BTD, num_tokens, sample_stride, num_frequencies, offset, eps,
-        H=num_heads, P=num_pairs, AXES=num_axes, INTERLEAVED=interleaved, HEADS=heads, PAIRS=pairs,
-        num_warps=num_warps_for(2 * heads * pairs),
+        x_BTD, inverse_BT1, weight_D, cos, sin, y_BTD, num_tokens, sample_stride, eps, H=num_heads, P=num_pairs,
+        INTERLEAVED=interleaved, HEADS=heads, PAIRS=pairs, num_warps=num_warps_for(2 * heads * pairs),
     )  # fmt: skip
     return y_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.rows import Modulation, Rotary, ScaledRows
+from kernels.rows import Modulation, ScaledRows
 
 FP8_MAX = 448.0
 """Largest number of float8 e4m3."""
@@ -171,12 +171,14 @@ def gated_residual_norm_quantised(
     return x_BTD, _scaled(y_BTD)
 
 
-def qk_norm_rope(x_BTD: Tensor, weight_D: Tensor, rotary: Rotary | None, num_heads: int, eps: float) -> Tensor:
+def qk_norm_rope(
+    x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
+) -> Tensor:
     """Norm, cut into heads, rotate: a query or key projection (B, T, D) to (B, H, T, K) with D = H * K.
 
     1. y = x / sqrt(mean(x^2 over ALL D channels, every head together) + eps) * weight.
     2. Head h takes channels h*K to (h+1)*K.
-    3. With a rotary, whose `cosines_and_sines` are (B, H, T, P), and y = (a, b) the two halves of a head's channels:
+    3. With rotary = (cos, sin), float32 of (B, H, T, P), and y = (a, b) the two halves of a head's channels:
        (a cos - b sin, b cos + a sin).
     """
     y_BHTK = _heads(_rms_normalised(x_BTD, eps), weight_D, num_heads)
@@ -186,7 +188,7 @@ def qk_norm_rope(x_BTD: Tensor, weight_D: Tensor, rotary: Rotary | None, num_hea
 
 
 def qk_norm_rope_interleaved(
-    x_BTD: Tensor, weight_D: Tensor, rotary: Rotary | None, num_heads: int, eps: float
+    x_BTD: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int, eps: float
 ) -> Tensor:
     """As `qk_norm_rope`, but a and b are the even and the odd channels of a head, and stay where they were."""
     y_BHTK = _heads(_rms_normalised(x_BTD, eps), weight_D, num_heads)
@@ -195,25 +197,13 @@ def qk_norm_rope_interleaved(
     return y_BHTK.to(x_BTD.dtype)
 
 
-def cosines_and_sines(rotary: Rotary, num_heads: int, num_pairs: int) -> tuple[Tensor, Tensor]:
-    """What each pair of each token turns by, float32 (B or 1, H, T, P) each; see `Rotary`."""
-    num_axes = rotary.row_BTA.shape[-1]
-    place_R = torch.arange(num_heads * num_pairs, device=rotary.row_BTA.device) + rotary.offset
-    axis_R, frequency_R = place_R.clamp(min=0) % num_axes, place_R.clamp(min=0) // num_axes
-    turns_BTR2 = rotary.turns_RF2[rotary.row_BTA[:, :, axis_R].long(), frequency_R]
-    still = torch.tensor((1.0, 0.0), device=place_R.device)
-    turns_BTR2 = torch.where((place_R >= 0)[:, None], turns_BTR2, still)
-    cos_BHTP, sin_BHTP = turns_BTR2.unflatten(2, (num_heads, num_pairs)).transpose(1, 2).unbind(dim=-1)
-    return cos_BHTP, sin_BHTP
-
-
 def sum_of_squares(x_BTD: Tensor) -> Tensor:
     """Over all D channels of each token, float32 (B, T, 1): what a norm needs of channels that are held apart."""
     return torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32).square()
 
 
 def qk_scale_rope(
-    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: Rotary | None, num_heads: int
+    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int
 ) -> Tensor:
     """`qk_norm_rope` where the norm runs over more channels than these: `inverse` is its 1 / sqrt(mean + eps).
 
@@ -226,7 +216,7 @@ def qk_scale_rope(
 
 
 def qk_scale_rope_interleaved(
-    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: Rotary | None, num_heads: int
+    x_BTD: Tensor, inverse_BT1: Tensor, weight_D: Tensor, rotary: tuple[Tensor, Tensor] | None, num_heads: int
 ) -> Tensor:
     """As `qk_scale_rope`, with the pairs of `qk_norm_rope_interleaved`."""
     y_BHTK = _heads(x_BTD * inverse_BT1, weight_D, num_heads)
@@ -317,10 +307,9 @@ def _neighbours(whole: Tensor) -> tuple[Tensor, ...]:
     return whole.unflatten(-1, (-1, 2)).unbind(dim=-1)
 
 
-def _rotated(y_BHTK: Tensor, rotary: Rotary, halves: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:
+def _rotated(y_BHTK: Tensor, rotary: tuple[Tensor, Tensor], halves: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:
     """Every pair (a, b) of the `halves` of y turned, written straight to its place in the result."""
-    a_BHTP, b_BHTP = halves(y_BHTK)
-    cos_BHTP, sin_BHTP = cosines_and_sines(rotary, y_BHTK.shape[1], a_BHTP.shape[-1])
+    (a_BHTP, b_BHTP), (cos_BHTP, sin_BHTP) = halves(y_BHTK), rotary
     turned_BHTK = torch.empty(y_BHTK.shape, dtype=y_BHTK.dtype, device=y_BHTK.device)
     first_BHTP, second_BHTP = halves(turned_BHTK)
     torch.mul(a_BHTP, cos_BHTP, out=first_BHTP).addcmul_(b_BHTP, sin_BHTP, value=-1)

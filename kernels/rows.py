@@ -31,19 +31,6 @@ class Modulation(NamedTuple):
     index_BT: Tensor | None
 
 
-class Rotary(NamedTuple):
-    """How pairs of channels turn: by a token's places along some axes, of which few differ, and an axis's frequencies.
-
-    `turns_RF2` float32: cosine and sine of each place (R, those of all axes one after the other) times each of the F
-    frequencies of an axis. `row_BTA` int32, (B or 1, T, A): each token's row of it for each axis. Pair p of head h, of
-    P each, turns by frequency r // A of axis r % A with r = h * P + p + offset, and not at all where that is below 0.
-    """
-
-    turns_RF2: Tensor
-    row_BTA: Tensor
-    offset: int
-
-
 class Table(NamedTuple):
     """Rows that tokens look up: tensors of one layout (or None), each token's row, strides of sample and row."""
 

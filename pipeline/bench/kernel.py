@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import BLOCK_TOKENS, fused_ops, reference_ops
-from kernels.rows import Modulation, Rotary, ScaledRows
+from kernels.rows import Modulation, ScaledRows
 from pipeline.bench.attention import measure_attention
 from pipeline.bench.ceilings import judged, measure_ceilings
 from pipeline.bench.rows import Row, new_row
@@ -70,10 +70,8 @@ def _cases(tokens: int, num_heads: int, head_dim: int, device: str) -> Iterator[
     x, branch = draw(1, tokens, width), draw(1, tokens, width)
     shift, scale, gate = draw(1, 1, 3, width).unbind(dim=2)
     modulation, unit = Modulation(scale, shift, None), x.nbytes
-    # 60 places along each of three axes, and a padding of two pairs.
-    angle = torch.randn(3 * 60, width // 6, device=device)
-    row = torch.randint(60, (1, tokens, 3), device=device) + torch.arange(0, 180, 60, device=device)
-    rotary, weight = Rotary(torch.stack((angle.cos(), angle.sin()), dim=-1), row.int(), -(width // 2 % 3)), draw(width)
+    angle = torch.randn(1, num_heads, tokens, head_dim // 2, device=device)
+    rotary, weight = (angle.cos(), angle.sin()), draw(width)
     wide = draw(1, tokens, 4 * width)
     up, bias = draw(4 * width, width) / width**0.5, draw(4 * width)
     yield _Case("rms_norm", (x, _EPS), 2 * unit)
@@ -82,8 +80,8 @@ def _cases(tokens: int, num_heads: int, head_dim: int, device: str) -> Iterator[
     yield _Case("gated_residual", (x, branch, gate, None), 3 * unit)
     yield _Case("gated_residual_norm", (x, branch, gate, None, modulation, _EPS), 4 * unit)
     yield _Case("gated_residual_norm_quantised", (x, branch, gate, None, modulation, _EPS), unit * 7 // 2)
-    yield _Case("qk_norm_rope", (x, weight, rotary, num_heads, _EPS), 2 * unit)
-    yield _Case("qk_norm_rope_interleaved", (x, weight, rotary, num_heads, _EPS), 2 * unit)
+    yield _Case("qk_norm_rope", (x, weight, rotary, num_heads, _EPS), 2 * unit + 2 * angle.nbytes)
+    yield _Case("qk_norm_rope_interleaved", (x, weight, rotary, num_heads, _EPS), 2 * unit + 2 * angle.nbytes)
     q, k = (each.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for each in (x, branch))
     promised = 2.0 * math.ceil(tokens / BLOCK_TOKENS) * tokens * width
     yield _Case("block_promise", (q, k), 2 * unit, promised)

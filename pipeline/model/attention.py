@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.ops import OpSet, QkNormRopeFn
-from kernels.rows import Rotary, ScaledRows
+from kernels.rows import ScaledRows
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
+from pipeline.model.rope import RotaryTable
 from pipeline.model.share import Share
 
 # Which samples of a batch go without something: none (False), all (True), or those marked in a bool (B,).
@@ -35,7 +36,7 @@ class Projected(NamedTuple):
 
     x_BTD: Tensor
     weight_D: Tensor
-    rotary: Rotary | None
+    rotary: RotaryTable | None
 
 
 NormHeadsFn = Callable[[Sequence[Projected], int, float], list[Tensor]]
@@ -105,8 +106,8 @@ class Attention(nn.Module):
         context: Tensor | ScaledRows | KeysValues,
         *,
         bias: Tensor | None = None,
-        rotary: Rotary | None = None,
-        key_rotary: Rotary | None = None,
+        rotary: RotaryTable | None = None,
+        key_rotary: RotaryTable | None = None,
         values_only: Skipped = False,
         input_only: Skipped = False,
     ) -> Tensor:
@@ -136,7 +137,7 @@ class Attention(nn.Module):
             mixed_BTD = where_skipped(input_only, cast(Tensor, x)[..., self.channels], mixed_BTD)
         return self._project_out(mixed_BTD, x)
 
-    def keys_values(self, context: Tensor | ScaledRows, rotary: Rotary | None = None) -> KeysValues:
+    def keys_values(self, context: Tensor | ScaledRows, rotary: RotaryTable | None = None) -> KeysValues:
         """Of a context (B, S, D)."""
         rows = self._rows(context)
         (k_BHSK,) = self._normed(self._keys(rows, rotary))
@@ -145,10 +146,10 @@ class Attention(nn.Module):
     def _normed(self, *projections: Projected) -> list[Tensor]:
         return self.norm_heads(projections, self.num_heads, self.norm_eps)
 
-    def _queries(self, rows: Tensor | ScaledRows, rotary: Rotary | None) -> Projected:
+    def _queries(self, rows: Tensor | ScaledRows, rotary: RotaryTable | None) -> Projected:
         return Projected(self.to_q(rows), self.q_norm.weight, rotary)
 
-    def _keys(self, rows: Tensor | ScaledRows, rotary: Rotary | None) -> Projected:
+    def _keys(self, rows: Tensor | ScaledRows, rotary: RotaryTable | None) -> Projected:
         return Projected(self.to_k(rows), self.k_norm.weight, rotary)
 
     def _values(self, rows: Tensor | ScaledRows) -> Tensor:

@@ -257,7 +257,7 @@ def _enter(
     if ends is None or given is None:
         return None
     num_tokens = given.tokens_BTC.shape[1]
-    num_prepared = None if prepared is None else prepared.rotary.row_BTA.shape[1]
+    num_prepared = None if prepared is None else prepared.rotary.cos_BHTP.shape[2]
     if prepared is None or num_prepared != num_tokens:
         raise ValueError(f"conditioning must be prepared for {num_tokens} tokens, got {num_prepared}")
     return StreamState(ends.embed_tokens(given), prepared, ends.modulate(given, other))

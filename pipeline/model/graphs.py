@@ -229,11 +229,9 @@ def _key(given: _Given) -> _Key:
 
 
 def _tensors(given: Any) -> Iterator[Tensor | None]:
-    """All tensors of what is given, in its order, and None for what is not; numbers are the same in all calls."""
+    """All tensors of what is given, in its order, and None for what is not."""
     if given is None or isinstance(given, Tensor):
         yield given
-        return
-    if isinstance(given, int):
         return
     parts = given if isinstance(given, tuple) else [getattr(given, field.name) for field in fields(given)]
     for part in parts:
@@ -242,8 +240,8 @@ def _tensors(given: Any) -> Iterator[Tensor | None]:
 
 def _mapped(given: Any, make: Callable[[Tensor], Tensor]) -> Any:
     """What is given, with what `make` makes of each tensor in its place."""
-    if given is None or isinstance(given, int):
-        return given
+    if given is None:
+        return None
     if isinstance(given, Tensor):
         return make(given)
     if isinstance(given, tuple):

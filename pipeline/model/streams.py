@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.rows import Rotary
 from pipeline.model.attention import KeysValues
+from pipeline.model.rope import RotaryTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +98,8 @@ class StreamConditioning:
     text_keys_values: tuple[KeysValues, ...] | None
     text_bias: Tensor | None
     self_bias: Tensor | None
-    rotary: Rotary
-    exchange_rotary: Rotary | None
+    rotary: RotaryTable
+    exchange_rotary: RotaryTable | None
 
 
 @dataclass(frozen=True, eq=False)

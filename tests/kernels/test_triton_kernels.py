@@ -6,7 +6,6 @@ Marked for a GPU too: `make test-gpu` compiles the kernels there, where a machin
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, reference_pictures
-from kernels.rows import Modulation, Rotary, ScaledRows
+from kernels.rows import Modulation, ScaledRows
 
 pytestmark = pytest.mark.gpu
 
@@ -134,40 +133,6 @@ def test_gated_residual_norm_quantised_is_its_reference(shape, num_rows, device)
     assert_same_rows(got, expected)
 
 
-def rotaries(num_samples, num_tokens, num_pairs, device):
-    """Of one to three axes, all pairs turned but those of the padding; and of heads that are not the first."""
-    for num_axes in (1, 2, 3):
-        angle = 100 * torch.randn(4 * num_axes, max(1, num_pairs // num_axes), device=device)
-        turns = torch.stack((angle.cos(), angle.sin()), dim=-1)
-        row = torch.randint(4, (num_samples, num_tokens, num_axes), device=device) + 4 * torch.arange(
-            num_axes, device=device
-        )
-        yield Rotary(turns, row.int(), angle.shape[1] * num_axes - num_pairs)
-    wider = torch.randn(4, 3 * num_pairs, 2, device=device)
-    yield Rotary(wider, torch.randint(4, (num_samples, num_tokens, 1), device=device).int(), num_pairs)
-
-
-def test_cosines_and_sines_are_those_of_each_tokens_places(device):
-    num_heads, num_pairs = 2, 4
-    *_, rotary = list(rotaries(2, 5, num_heads * num_pairs, device))[:3]
-    assert rotary.offset == -2
-    cos, sin = reference.cosines_and_sines(rotary, num_heads, num_pairs)
-    for sample, head, token, pair in itertools.product(range(2), range(num_heads), range(5), range(num_pairs)):
-        place = head * num_pairs + pair + rotary.offset
-        expected = torch.tensor((1.0, 0.0), device=device)
-        if place >= 0:
-            expected = rotary.turns_RF2[rotary.row_BTA[sample, token, place % 3], place // 3]
-        assert torch.equal(torch.stack((cos, sin))[:, sample, head, token, pair], expected)
-
-
-def test_rotations_of_another_number_of_tokens_are_refused(device):
-    x, weight = torch.randn(2, 5, 16, device=device), torch.randn(16, device=device)
-    for wrong in ((1, 4, 1), (3, 5, 1)):
-        rotary = Rotary(torch.randn(4, 8, 2, device=device), torch.zeros(wrong, dtype=torch.int32, device=device), 0)
-        with pytest.raises(ValueError, match=r"row_BTA must be \(1 or 2, 5, A\)"):
-            kernel("qk_norm_rope", "qk_norm_rope")(x, weight, rotary, 2, EPS)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["qk_norm_rope", "qk_norm_rope_interleaved"])
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 16), (3, 10), (2, 64), (32, 64), (32, 128)])
@@ -175,7 +140,8 @@ def test_qk_norm_rope_is_its_reference(num_heads, head_dim, name, dtype, device)
     x = tokens((2, 5, num_heads * head_dim), dtype, device)
     weight = torch.randn(num_heads * head_dim, device=device).to(dtype)
     for samples in (1, 2):
-        for rotary in (*rotaries(samples, 5, num_heads * head_dim // 2, device), None):
+        angle = 100 * torch.randn(samples, num_heads, 5, head_dim // 2, device=device)
+        for rotary in ((angle.cos(), angle.sin()), None):
             got = kernel("qk_norm_rope", name)(x, weight, rotary, num_heads, EPS)
             expected = getattr(reference, name)(x, weight, rotary, num_heads, EPS)
             assert relative_error(got, expected) <= BOUND[dtype]
@@ -190,7 +156,8 @@ def test_scale_and_rotation_by_a_given_norm_are_their_reference(num_heads, head_
     weight = torch.randn(num_heads * head_dim, device=device).to(dtype)
     inverse = torch.rand(2, 5, 1, device=device)
     for samples in (1, 2):
-        for rotary in (*rotaries(samples, 5, num_heads * head_dim // 2, device), None):
+        angle = 100 * torch.randn(samples, num_heads, 5, head_dim // 2, device=device)
+        for rotary in ((angle.cos(), angle.sin()), None):
             got = kernel("qk_norm_rope", name)(x, inverse, weight, rotary, num_heads)
             expected = getattr(reference, name)(x, inverse, weight, rotary, num_heads)
             assert relative_error(got, expected) <= BOUND[dtype]

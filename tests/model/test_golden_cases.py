@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.ops import reference_ops
-from kernels.reference import cosines_and_sines, rows_of_tokens
-from kernels.rows import Rotary
+from kernels.reference import rows_of_tokens
 from pipeline.model.denoiser import AudioVideoDenoiser
+from pipeline.model.rope import RotaryTable
 from pipeline.model.state import StreamState, settled
 
 # Largest error over largest value. The recorded tolerance is 1e-4; torch 2.13 gives 6e-7 here and torch 2.11 on another
@@ -97,41 +97,34 @@ def test_what_the_first_block_is_given_is_official(folder: str, load: Load, gold
     compared = 0
     for name, state in zip(("video", "audio"), given[0][:2], strict=True):
         for key, value in _inputs_of_first_block(state).items():
-            if isinstance(value, Rotary):
-                wanted = [case[f"mid.pre.{name}.{key}_{part}"] for part in ("cos", "sin")]
-                for part, expected in zip(_turns(value, wanted[0].shape), wanted, strict=True):
-                    assert part.shape == expected.shape
-                    assert (part - expected).abs().max() <= ROTARY_BOUND, key
-                    compared += 1
+            expected = case[f"mid.pre.{name}.{key}"]
+            if "rope" in key:
+                assert value.shape == expected.shape
+                assert (value - expected).abs().max() <= ROTARY_BOUND, key
             else:
-                expected = case[f"mid.pre.{name}.{key}"]
                 assert relative_error(value.expand_as(expected), expected) <= OUTPUT_BOUND, key
-                compared += 1
+            compared += 1
     unused_here = 0 if case.audio is not None else len(_exchange_keys(case.tensors))
     assert compared == sum(key.startswith("mid.pre.") for key in case.tensors) - unused_here
-
-
-def _turns(rotary: Rotary, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """As tables of this shape, BHTP."""
-    return cosines_and_sines(rotary, shape[1], shape[3])
 
 
 def _exchange_keys(expected: dict[str, Tensor]) -> list[str]:
     return [key for key in expected if key.startswith("mid.pre.") and ".cross_" in key]
 
 
-def _inputs_of_first_block(state: StreamState | None) -> dict[str, Tensor | Rotary]:
+def _inputs_of_first_block(state: StreamState | None) -> dict[str, Tensor]:
     """Under the names of the recording, modulation gathered for each token."""
     if state is None:
         return {}
     modulation, conditioning = state.modulation, state.conditioning
     index_BT = modulation.index_BT
-    values: dict[str, Tensor | Rotary] = {
+    values = {
         "x": state.x_BTD,
         "context": conditioning.text_BSD,
         "timesteps": rows_of_tokens(modulation.rows_BKRD.flatten(2), index_BT),
         "embedded_timestep": rows_of_tokens(modulation.embedded_BKD, index_BT),
-        "rope": conditioning.rotary,
+        "rope_cos": conditioning.rotary.cos_BHTP,
+        "rope_sin": conditioning.rotary.sin_BHTP,
     }
     if modulation.text_rows_B12D is not None:
         values["prompt_timestep"] = modulation.text_rows_B12D.flatten(2)
@@ -139,17 +132,16 @@ def _inputs_of_first_block(state: StreamState | None) -> dict[str, Tensor | Rota
         exchange = modulation.exchange
         values["cross_gate"] = rows_of_tokens(exchange.gate_BKD, exchange.gate_index_BT)
         values["cross_scale_shift"] = rows_of_tokens(exchange.rows_BK4D.flatten(2), exchange.rows_index_BT)
-        values["cross_rope"] = conditioning.exchange_rotary
+        values["cross_rope_cos"] = conditioning.exchange_rotary.cos_BHTP
+        values["cross_rope_sin"] = conditioning.exchange_rotary.sin_BHTP
     return values
 
 
 @pytest.mark.parametrize("folder", LTX_VIDEO)
 def test_rotary_table_of_ltx_video_is_official(folder: str, load: Load, golden: Golden) -> None:
     denoiser, case = load(folder), golden(f"{folder}/case_t2v")
-    video = denoiser.hparams.video
-    rotary = denoiser.prepare(case.video, None).video.rotary
-    tables = cosines_and_sines(rotary, video.num_heads, video.head_dim // 2)
-    for ours_BHTP, key in zip(tables, ("mid.rope_cos", "mid.rope_sin"), strict=True):
+    table: RotaryTable = denoiser.prepare(case.video, None).video.rotary
+    for ours_BHTP, key in ((table.cos_BHTP, "mid.rope_cos"), (table.sin_BHTP, "mid.rope_sin")):
         # Recorded once for each of the two channels of a pair, all heads side by side.
         theirs_BTD = ours_BHTP.repeat_interleave(2, dim=-1).transpose(1, 2).flatten(2)
         assert theirs_BTD.shape == case[key].shape
