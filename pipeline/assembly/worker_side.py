@@ -99,31 +99,27 @@ def _load(
     engine = load_engine(model, job.precision, device=device, ops=ops, budget=budget, sharding=sharding)
     if device == "cuda" and job.model.size.has_audio:
         engine.denoiser.overlap_audio(torch.cuda.Stream())
-    below_tokens = job.cluster.graph_below_tokens if device == "cuda" else 0
     if groups is None:
-        return with_graphs(engine, below_tokens)
+        return with_graphs(engine, job.cluster.graph_below_tokens) if device == "cuda" else engine
     engine.video_decoder.share_rows = partial(share_rows, axis=groups.world)
     assert isinstance(engine.denoiser, AudioVideoDenoiser), "it was just loaded"
     spread = engine.denoiser
     denoiser = SequenceParallelDenoiser(spread, groups, ops.attention_with_lse) if groups.tokens.size > 1 else spread
     spread_passes = SpreadPasses(groups.guidance)
-    engine = replace(engine, denoiser=denoiser, spread=spread_passes, hands_out_frames=groups.is_leader)
-    # Python queues a rank's part of a call in as much time as the whole, so a call of more tokens waits for it.
-    return with_graphs(engine, below_tokens * groups.tokens.size, spread)
+    return replace(engine, denoiser=denoiser, spread=spread_passes, hands_out_frames=groups.is_leader)
 
 
-def with_graphs(
-    engine: RenderEngine, below_tokens: int, weights: AudioVideoDenoiser | None = None, recorder: Recorder = ON_CUDA
-) -> RenderEngine:
-    """The engine with calls of fewer video tokens replayed; as it is if parts of it wait on the host.
+def with_graphs(engine: RenderEngine, below_tokens: int, recorder: Recorder = ON_CUDA) -> RenderEngine:
+    """The engine of one device, its calls of fewer video tokens replayed; as it is if parts of it wait on the host.
 
-    There memory is short, and weights may lie elsewhere at each stage. `weights` are those of a spread denoiser.
+    There memory is short, and weights may lie elsewhere at each stage.
     """
     if not below_tokens or engine.residency.waiting:
         return engine
+    assert isinstance(engine.denoiser, AudioVideoDenoiser), "it was just loaded"
     sparse = engine.shortcuts.sparse
     in_force = None if sparse is None else sparse.in_force
-    graphs = GraphedDenoiser(engine.denoiser, below_tokens, in_force, recorder, weights)
+    graphs = GraphedDenoiser(engine.denoiser, below_tokens, in_force, recorder)
     return replace(engine, denoiser=graphs, graphs=graphs)
 
 

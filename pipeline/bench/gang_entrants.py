@@ -12,11 +12,8 @@ from typing import Any, NamedTuple
 from kernels.ops import OpSet, fused_ops
 from pipeline.bench.gang_decode import decoding
 from pipeline.bench.tiers import PLAIN, TIERS, Built, Contestant, Weights, tier, tiers
-from pipeline.config.cluster import ClusterConfig
 from pipeline.errors import UsageError
 from pipeline.model.denoiser import AudioVideoDenoiser, Denoiser
-from pipeline.model.graphs import GraphedDenoiser
-from pipeline.model.sparse_attention import PatternInForce
 from pipeline.parallel.layout import RankGroups
 from pipeline.parallel.sequence import SequenceParallelDenoiser
 from pipeline.parallel.xfuser_usp import xfuser_usp
@@ -63,18 +60,14 @@ def entrants(groups: RankGroups, config: Mapping[str, Any]) -> dict[str, Entrant
     return found
 
 
-def _spread(groups: RankGroups, denoiser: AudioVideoDenoiser, ops: OpSet, in_force: PatternInForce | None) -> Denoiser:
-    """As a worker's rank has it: heads were split with the weights, tokens are split here, small calls are replayed."""
-    spread: Denoiser = denoiser
-    if groups.tokens.size > 1:
-        spread = SequenceParallelDenoiser(denoiser, groups, ops.attention_with_lse)
-    below_tokens = ClusterConfig().graph_below_tokens * groups.tokens.size
-    return GraphedDenoiser(spread, below_tokens, in_force, weights=denoiser)
+def _spread(groups: RankGroups, denoiser: AudioVideoDenoiser, ops: OpSet) -> Denoiser:
+    """As a worker's rank has it: heads were split with the weights, tokens are split here."""
+    if groups.tokens.size == 1:
+        return denoiser
+    return SequenceParallelDenoiser(denoiser, groups, ops.attention_with_lse)
 
 
-def _spread_by_xfuser(
-    groups: RankGroups, denoiser: AudioVideoDenoiser, ops: OpSet, in_force: PatternInForce | None
-) -> Denoiser:
+def _spread_by_xfuser(groups: RankGroups, denoiser: AudioVideoDenoiser, ops: OpSet) -> Denoiser:
     _require_ulysses("exact_xfuser", groups.layout, next(denoiser.parameters()).device.type)
     return SequenceParallelDenoiser(denoiser, groups, ops.attention_with_lse, xfuser_usp(groups.layout))
 

@@ -27,7 +27,7 @@ from pipeline.model.denoiser import AudioVideoDenoiser, Denoiser
 from pipeline.model.fp8 import Fp8Linear, use_fp8
 from pipeline.model.graphs import GraphedDenoiser
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
-from pipeline.model.sparse_attention import PatternInForce, use_sparse_attention
+from pipeline.model.sparse_attention import use_sparse_attention
 from pipeline.model.streams import DistinctTimesteps, TokenStream
 from pipeline.planning.sparsity import mean_of_layers
 
@@ -164,11 +164,11 @@ class Contestant(NamedTuple):
     bound: float = _BOUND
 
 
-SpreadFn = Callable[[AudioVideoDenoiser, OpSet, PatternInForce | None], Denoiser]
-"""What a denoiser with these operations and slots is called through on one rank of several: it may be taken over."""
+SpreadFn = Callable[[AudioVideoDenoiser, OpSet], Denoiser]
+"""What a denoiser with these operations is called through on one rank of several: it may be taken over for that."""
 
 
-def on_one(denoiser: AudioVideoDenoiser, ops: OpSet, in_force: PatternInForce | None) -> Denoiser:
+def on_one(denoiser: AudioVideoDenoiser, ops: OpSet) -> Denoiser:
     """The `SpreadFn` of one device alone."""
     return denoiser
 
@@ -189,7 +189,7 @@ def tier(
         denoiser = weights.denoiser(made, precision)
         if beside:
             _overlap_audio(denoiser, weights)
-        return Built(denoiser, partial(_bound, spread(denoiser, made, None), keeps_text))
+        return Built(denoiser, partial(_bound, spread(denoiser, made), keeps_text))
 
     return _contestant(name, precision, build)
 
@@ -261,8 +261,7 @@ def sparse_tier(
         if graphed:
             graphs = GraphedDenoiser(denoiser, sys.maxsize, settings.in_force)
             return Built(denoiser, partial(_bound_sparse, graphs, shortcuts), attended, _capture_of(graphs), shortcuts)
-        called = spread(denoiser, ops, settings.in_force)
-        return Built(denoiser, partial(_bound_sparse, called, shortcuts), attended, shortcuts=shortcuts)
+        return Built(denoiser, partial(_bound_sparse, spread(denoiser, ops), shortcuts), attended, shortcuts=shortcuts)
 
     return Contestant(name or precision.name, precision.linear == "fp8", build, _SPARSE_BOUND)
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.model.denoiser import Denoiser, OthersFn
+from pipeline.model.denoiser import AudioVideoDenoiser, OthersFn
 from pipeline.model.hparams import DenoiserHparams
 from pipeline.model.sparse_attention import PatternInForce
 from pipeline.model.streams import Conditioning, Perturbation, TokenStream
@@ -65,27 +65,21 @@ ON_CUDA = Recorder("cuda", _record_on_cuda)
 
 
 class GraphedDenoiser:
-    """A `Denoiser`, whose calls of fewer than `below_tokens` video tokens, all samples together, are replayed.
+    """`AudioVideoDenoiser`, whose calls of fewer than `below_tokens` video tokens, all samples together, are replayed.
 
     The first call of a shape runs as ever, so that kernels are compiled and plans are made; the second is captured.
     What a graph cannot know passes through: perturbations and `others`. A call under a pattern of `in_force` has a
     graph of that pattern. The denoiser's modules must stay the ones they are; their tensors may be replaced and moved.
-    `weights` are the modules that a denoiser that is none itself calls. Not thread-safe.
-
-    Of a denoiser that is spread over ranks every rank has a graph, exchanges included. A rank that could not capture
-    makes the same exchanges in the same order.
+    Not thread-safe.
     """
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: AudioVideoDenoiser,
         below_tokens: int,
         in_force: PatternInForce | None = None,
         recorder: Recorder = ON_CUDA,
-        weights: nn.Module | None = None,
     ) -> None:
-        module = denoiser if weights is None else weights
-        assert isinstance(module, nn.Module), "what is no module says where its weights are"
         # How long the last capture took; None if it failed.
         self.capture_s: float | None = None
         self._denoiser = denoiser
@@ -94,10 +88,10 @@ class GraphedDenoiser:
         self._recorder = recorder
         self._is_allowed = True
         # Walking the modules takes 7 ms for 19B weights, and these 0.6 ms, which the device does not wait for.
-        self._owners = [tensors for each in module.modules() for tensors in (each._parameters, each._buffers)]
+        self._owners = [tensors for module in denoiser.modules() for tensors in (module._parameters, module._buffers)]
         self._weights_at: list[int] = []
         # By shape, the least recently used first: what answers a call; None after the first one.
-        self._kept: OrderedDict[_Key, _Graph | Denoiser | None] = OrderedDict()
+        self._kept: OrderedDict[_Key, _Graph | AudioVideoDenoiser | None] = OrderedDict()
 
     @property
     def hparams(self) -> DenoiserHparams:
@@ -170,7 +164,7 @@ class GraphedDenoiser:
 
     def _captured(
         self, video: TokenStream | None, audio: TokenStream | None, conditioning: Conditioning
-    ) -> _Graph | Denoiser:
+    ) -> _Graph | AudioVideoDenoiser:
         """A graph, or what it would have been captured from if that fails."""
         self.capture_s, started = None, time.monotonic()
         try:
@@ -195,7 +189,7 @@ _Given = tuple[TokenStream | None, TokenStream | None, Conditioning]
 class _Graph:
     """A captured call, with the tensors that it reads: they have the strides of those that it was captured with."""
 
-    def __init__(self, denoiser: Denoiser, given: _Given, recorder: Recorder) -> None:
+    def __init__(self, denoiser: AudioVideoDenoiser, given: _Given, recorder: Recorder) -> None:
         video, audio, conditioning = own = _mapped(given, _room_for)
         self._own_streams, self._own_conditioning = own[:2], conditioning
         self._filled_from: Callable[[], Conditioning | None] = lambda: None

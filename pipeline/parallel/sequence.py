@@ -73,9 +73,7 @@ class SequenceParallelDenoiser:
         if video is None:
             return self._denoiser.prepare(video, audio)
         shards = self._shards(video)
-        positions_BAT2 = part_of(video.positions_BAT2, 2, self._groups.tokens.index, shards.part_len)
-        part = replace(self._part(video, shards), positions_BAT2=positions_BAT2)
-        prepared = self._denoiser.prepare(part, audio)
+        prepared = self._denoiser.prepare(self._part(video, shards), audio)
         assert prepared.video is not None, "the part of a stream is a stream"
         return replace(prepared, video=replace(prepared.video, self_bias=self._self_bias(video, shards)))
 
@@ -104,7 +102,7 @@ class SequenceParallelDenoiser:
         return Shards(video.tokens_BTC.shape[1], axes.ring.size, axes.ulysses.size)
 
     def _part(self, video: TokenStream, shards: Shards) -> TokenStream:
-        """This rank's tokens and what a call is told of each; where they are and what they may see is `prepare`'s."""
+        """This rank's tokens and what is said of each; what they may see of each other is `_self_bias`."""
 
         def part(x: Tensor, dim: int) -> Tensor:
             return part_of(x, dim, self._groups.tokens.index, shards.part_len)
@@ -117,6 +115,7 @@ class SequenceParallelDenoiser:
             video,
             tokens_BTC=part(video.tokens_BTC, 1),
             timesteps=timesteps,
+            positions_BAT2=part(video.positions_BAT2, 2),
             attention_mask_BTT=None,
             keyframes_mask_BT=None if marks_BT is None else part(marks_BT, 1),
         )

@@ -43,7 +43,7 @@ def test_clips_are_the_same_bytes(adapter, captures_by_clip, engine, recipe, req
     captures, requests = [], [request_for(seed=1), request_for(seed=2)]
     wanted = [clip(engine, recipe, request) for request in requests]
     assert not same(*wanted)
-    replaying = with_graphs(engine, MANY, recorder=recorder(captures))
+    replaying = with_graphs(engine, MANY, recorder(captures))
     for request, expected, num_captures in zip(requests, wanted, captures_by_clip, strict=True):
         assert same(clip(replaying, recipe, request), expected)
         assert len(captures) == num_captures
@@ -51,7 +51,7 @@ def test_clips_are_the_same_bytes(adapter, captures_by_clip, engine, recipe, req
 
 def test_graphs_are_made_on_the_first_rung_only(engine, recipe, request_for):
     captures = []
-    replaying = with_graphs(engine, MANY, recorder=recorder(captures))
+    replaying = with_graphs(engine, MANY, recorder(captures))
     wanted = clip(engine, recipe, request_for())
     for rung, num_graphs in ((MEMORY_RUNGS[0], 2), *((rung, 0) for rung in MEMORY_RUNGS[1:]), (MEMORY_RUNGS[0], 2)):
         assert same(clip(replaying, recipe, request_for(), rung), wanted)
@@ -76,7 +76,7 @@ def test_sparse_steps_and_dense_ones_of_a_stage_are_replayed_each_under_its_patt
 
         return replay
 
-    replaying = with_graphs(engine, MANY, recorder=Recorder("cpu", record))
+    replaying = with_graphs(engine, MANY, Recorder("cpu", record))
     for seed in (1, 2):
         assert same(clip(replaying, recipe, request_for(seed=seed)), clip(engine, recipe, request_for(seed=seed)))
     # The dense steps of the first stage; the sparse ones of both stages, whose shapes differ. Once for both clips.
