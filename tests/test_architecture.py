@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
                                "pipeline.config", "pipeline.cost.meter", "pipeline.cost.pricing", "pipeline.engine",
                                "pipeline.errors", "pipeline.geometry", "pipeline.media.natural_clip",
                                "pipeline.planning.estimate", "pipeline.records", "pipeline.rendering",
-                               "pipeline.storage.store", "pipeline.worker"},
+                               "pipeline.storage.filesystem", "pipeline.storage.store", "pipeline.worker"},
     "pipeline.assembly.brief": {"pipeline.config", "pipeline.records"},
     "pipeline.assembly.model_facts": {"pipeline.config", "pipeline.records.wishes", "pipeline.storage",
                                       "pipeline.errors"},

@@ -46,6 +46,7 @@ from pipeline.records.outcome import Failed, Outcome, Rendered, RunFacts, Worker
 from pipeline.records.request import RenderRequest
 from pipeline.records.work import Estimate, WorkItem
 from pipeline.rendering import Renderer
+from pipeline.storage.filesystem import local_path
 from pipeline.storage.store import open_store
 from pipeline.worker import ClipWorker
 
@@ -275,14 +276,16 @@ class _Stand:
         item = WorkItem(request, hashlib.sha256(request.id.encode()).hexdigest(), _UNESTIMATED)
         resting_bytes = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         answers: SimpleQueue[Outcome | None] = SimpleQueue()
-        began_s = time.perf_counter()
+        began_s, began_at_s = time.perf_counter(), time.time()
         entry.workers[pictures].execute(Assignment(item, answers.put))
         outcome = answers.get()
         wall_s = time.perf_counter() - began_s
         if not isinstance(outcome, Rendered):
             assert isinstance(outcome, Failed), "a worker that leads answers"
             raise EngineFault(f"{outcome.error_class}: {outcome.error_message}")
-        return _clip_facts(outcome, wall_s, beside_bytes=resting_bytes - entry.held_bytes)
+        # The file is linked to its final name, not written again.
+        closed_s = local_path(outcome.asset.uri).stat().st_mtime - began_at_s
+        return _clip_facts(outcome, wall_s, closed_s, beside_bytes=resting_bytes - entry.held_bytes)
 
     def request(self, clip_id: str) -> RenderRequest:
         """A clip of the stand's shape."""
@@ -300,12 +303,15 @@ class _Stand:
         return {"held_bytes": entry.held_bytes, "pictures": pictures}
 
 
-def _clip_facts(rendered: Rendered, wall_s: float, *, beside_bytes: int) -> dict[str, Any]:
-    """`beside_bytes` of the device lay there all the time, and are not this contestant's."""
+def _clip_facts(rendered: Rendered, wall_s: float, closed_s: float, *, beside_bytes: int) -> dict[str, Any]:
+    """`closed_s` until the MP4 is closed, `wall_s` until it is also read back and committed. `beside_bytes` of the
+    device lay there all the time, and are not this contestant's.
+    """
     peak_bytes = rendered.peak_gpu_memory_bytes
     return {
         "seed": rendered.item.request.seed,
         "wall_s": wall_s,
+        "closed_s": closed_s,
         **{stage: getattr(rendered.timings, stage) for stage in _STAGES},
         "size_bytes": rendered.asset.size_bytes,
         "peak_gpu_memory_bytes": None if peak_bytes is None else peak_bytes - beside_bytes,
@@ -318,6 +324,7 @@ def _of_clips(clips: Sequence[Mapping[str, Any]], request: RenderRequest) -> dic
     peaks = [clip["peak_gpu_memory_bytes"] for clip in clips if clip["peak_gpu_memory_bytes"] is not None]
     return {
         **seconds,
+        "closed_s": median([clip["closed_s"] for clip in clips]),
         **{stage: median([clip[stage] for clip in clips]) for stage in _STAGES},
         "real_time_factor": request.duration_s / seconds["median_s"],
         "size_bytes": median([clip["size_bytes"] for clip in clips]),

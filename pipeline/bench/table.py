@@ -39,9 +39,9 @@ _DECODES = (
 
 _BATCHES = ("batch", "clips", "recipe", "precision", "GPUs", "layouts", "wall", "clips a minute", "video s per s",
             "GPU s a clip, loaded", "$ a clip, loaded", "idle", "measured")  # fmt: skip
-_LATENCIES = ("warm clip", "recipe", "precision", "pictures", "seconds to the MP4, median (least to most)", "text",
-              "denoise", "upsample", "decode", "encode (beside)", "video s per s", "peak GPU memory", "GPU capped at",
-              "measured")  # fmt: skip
+_LATENCIES = ("warm clip", "recipe", "precision", "pictures", "seconds to the commit, median (least to most)",
+              "to the closed MP4", "text", "denoise", "upsample", "decode", "encode (beside)", "video s per s",
+              "peak GPU memory", "GPU capped at", "measured")  # fmt: skip
 _GANGS = ("one step on several GPUs", "layout", "contestant", "seconds, median (least to most)",
           "times one GPU's speed", "cosine against one GPU", "weights a GPU", "measured")  # fmt: skip
 _ENCODES = ("encoding", "x264", "clip", "seconds, median (least to most)", "size", "measured")
@@ -172,13 +172,15 @@ def _latencies(rows: Iterable[Row]) -> Iterator[_Line]:
 
 
 def _latency(facts: Row, pictures: str) -> tuple[str, ...]:
-    """Seconds from the call to the MP4, of each stage, seconds of video for each of them, memory."""
+    """Seconds from the call to the commit, to the closed file, and of each stage; seconds of video a second; memory."""
     found = facts.get("pictures", {}).get(pictures, {})
     seconds, *_ = _speed(facts | found)
     if not found or "error" in facts:
-        return (seconds, *[""] * (len(_STAGES) + 2))
+        return (seconds, *[""] * (len(_STAGES) + 3))
+    # The first rows have no such time.
+    closed = f"{found['closed_s']:.2f} s" if "closed_s" in found else ""
     stages = (f"{found[f'{stage}_s']:.2f} s" for stage in _STAGES)
-    return seconds, *stages, f"{found['real_time_factor']:.2f}", _gigabytes(found["peak_gpu_memory_bytes"])
+    return seconds, closed, *stages, f"{found['real_time_factor']:.2f}", _gigabytes(found["peak_gpu_memory_bytes"])
 
 
 def _gangs(rows: Iterable[Row]) -> Iterator[_Line]:

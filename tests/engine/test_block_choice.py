@@ -89,8 +89,9 @@ def test_the_shipped_density_is_not_below_the_least(stage):
     assert fast().attention_density >= MIN_DENSITY == 0.25
     with pytest.raises(UsageError, match=r"attention_density must be between 0\.25 and 1, got 0\.2"):
         PrecisionConfig(attention_density=0.2)
-    num_blocks = len(stage.pattern.always_QN)
-    assert stage.pattern.num_seen == math.ceil(fast().attention_density * num_blocks) == 20
+    num_blocks, most = len(stage.pattern.always_QN), int(stage.pattern.always_QN.sum(dim=1).max())
+    # Of the first stage a quarter would leave less than half of them to the content.
+    assert stage.pattern.num_seen == 2 * most == 18 > math.ceil(fast().attention_density * num_blocks) == 16
 
 
 def test_raster_order_keeps_less(heads, stage):

@@ -74,6 +74,8 @@ def test_each_tier_renders_clips_of_both_kinds_through_the_worker(plan: LatencyP
             for clip in found["clips"]:
                 assert clip["denoise_s"] > 0 and clip["decode_s"] > 0
                 assert clip["wall_s"] >= clip["denoise_s"] + clip["upsample_s"] + clip["decode_s"]
+                # A file's time is the clock's at its last tick.
+                assert clip["denoise_s"] < clip["closed_s"] <= clip["wall_s"] + 0.01
                 assert clip["encode_s"] > 0 and clip["peak_gpu_memory_bytes"] is None
             assert found["real_time_factor"] == pytest.approx(17 / 24 / found["median_s"])
             assert found["size_bytes"] > 0

@@ -39,7 +39,7 @@ def test_the_planned_part_of_blocks_is_the_patterns(size: tuple[int, int, int], 
 
 def test_layers_steps_and_stages_that_the_tier_keeps_dense_are_planned_dense() -> None:
     fast, size = compose_job(RenderJob, "render", ["precision=fast"]).precision, DenoiserSize()
-    sparse = mean_of_layers(42, 48, seen_part(LARGE, 0.3))
+    sparse = mean_of_layers(46, 48, seen_part(LARGE, 0.25))
     assert attended_part(fast, size, LARGE, 0.9) == sparse < 0.5
     assert attended_part(fast, size, LARGE, 0.95) == sparse, "the level itself is sparse"
     assert attended_part(fast, size, LARGE, 0.975) == 1

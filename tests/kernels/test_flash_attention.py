@@ -98,6 +98,18 @@ def test_chosen_blocks_go_to_the_library_in_order(flash, num_queries, num_keys):
     torch.testing.assert_close(mixed, reference.block_sparse_attention(q, k, v, seen))
 
 
+@pytest.mark.parametrize(("capability", "is_flash"), [((9, 0), True), ((10, 0), False)])
+def test_fused_operations_on_hopper_attend_by_the_library(flash, monkeypatch, capability, is_flash):
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    module, _ = flash
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    fused = ops.fused_ops("cuda")
+    assert (fused.attention is module.attention) == is_flash
+    assert fused.block_sparse_attention is reference.block_sparse_attention, "for the tier that asks for it"
+    sparse = ops.with_block_sparse_attention(fused, "cuda")
+    assert sparse.block_sparse_attention is module.block_sparse_attention
+
+
 def test_without_the_library_operations_are_as_they_were_and_it_is_said(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.delitem(sys.modules, "kernels.flash_attention", raising=False)
