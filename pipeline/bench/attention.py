@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.ops import OpSet, fused_ops, with_block_sparse_attention
+from kernels.ops import OpSet, fused_ops, reference_ops, with_block_sparse_attention
 from pipeline.bench.ceilings import Ceilings, judged
 from pipeline.bench.structured_heads import KINDS, MIN_CHANNELS, structured_heads
 from pipeline.bench.timing import Call, difference, failure_of, forget, in_turns, kernel_seconds_of, spread
@@ -24,6 +24,7 @@ from pipeline.model.sparse_attention import PatternInForce, seen_blocks
 
 DENSITIES = (MIN_DENSITY, 0.3, 0.5, 1.0)
 DENSE = "self_attention"
+_PLAIN = f"{DENSE}, plain"
 _SEED = 0
 
 
@@ -53,14 +54,17 @@ def measure_attention(
     except Exception as error:  # noqa: BLE001 - that it cannot take part is a result
         over, failures = {}, dict.fromkeys(stages, failure_of(error))
         forget(device)
-    calls: dict[str, Call] = {DENSE: dense}
+    # What torch takes if nobody chooses a library.
+    plain = partial(reference_ops().attention, q, k, v, None)
+    calls: dict[str, Call] = {_PLAIN: plain, DENSE: dense}
     for name, each in over.items():
         calls |= {name: each.attend, _choosing(name): each.choose}
     times = in_turns(calls, device, kernel_seconds_of)
     flops = 4.0 * q.shape[1] * q.shape[2] ** 2 * q.shape[3]
     found: dict[str, dict[str, Any]] = {
-        DENSE: {"fused": spread(times[DENSE])} | _rates(times[DENSE], flops, 1.0, limits)
-    }
+        DENSE: {"plain": spread(times[_PLAIN]), "fused": spread(times[DENSE])}
+        | _rates(times[DENSE], flops, 1.0, limits) | {"difference": difference(dense(), plain())}
+    }  # fmt: skip
     for name, each in over.items():
         found[name] = (
             {"fused": spread(times[name]), "choice": spread(times[_choosing(name)]), "seen_part": each.seen_part}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import reference
-from kernels.ops import device_ops
+from kernels.ops import device_ops, fused_ops
 from kernels.rows import ScaledRows
 from pipeline.bench.timing import least_s
 
@@ -99,7 +99,7 @@ def _products(x_MD: Tensor, width_out: int, device: str) -> tuple[float, float]:
 
 
 def _attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, device: str) -> Iterator[tuple[str, float]]:
-    """TFLOP/s of each way that torch has here, by its name."""
+    """TFLOP/s of each way that torch has here, by its name, and of ours."""
     _, num_heads, num_tokens, head_dim = q_BHTK.shape
     tflop = 4 * num_heads * num_tokens**2 * head_dim / 1e12
     for backend in _BACKENDS[device]:
@@ -108,6 +108,9 @@ def _attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, device: str) -> I
                 partial(nn.functional.scaled_dot_product_attention, q_BHTK, k_BHTK, v_BHTK), device, repeats=8
             )
         yield backend.name, tflop / seconds
+    # Perhaps a library that torch does not know.
+    attend = partial(fused_ops(device).attention, q_BHTK, k_BHTK, v_BHTK, None)
+    yield "FUSED_OPERATIONS", tflop / least_s(attend, device, repeats=8)
 
 
 def _copy_tb_per_s(num_elements: int, device: str) -> float:
