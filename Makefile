@@ -9,6 +9,8 @@ PIP_ARGS += --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 DEMO_OUTPUT ?= outputs/demo
 ARGS ?=
+# Of pyproject.toml; `flash` where there is an NVIDIA GPU.
+EXTRAS ?= dev $(if $(shell command -v nvidia-smi),flash)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +27,7 @@ setup: $(STAMP) ## make .venv with everything pinned in constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, got " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *(r for extra in sys.argv[1:] for r in p["optional-dependencies"][extra]), sep="\n")' $(EXTRAS) > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -r $(VENV)/requirements.txt
 	@touch $(STAMP)
 

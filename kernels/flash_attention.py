@@ -1,9 +1,9 @@
 """Attention on Hopper by FlashAttention-4: over all keys where it is faster than cuDNN, and over chosen blocks of them.
 
 Who attends to which shape is a rule, made from measurements (`jobs.bench kernel`; tests/bench/results/attention.jsonl)
-and the same on every machine, because two libraries round differently and a clip must not depend on who timed what.
-Each shape's choice is logged once. Importing this needs the package `flash-attn-4`; the first call of each kind of
-numbers, head and pattern compiles for ten seconds, once a machine.
+and the same on every machine that has the library, because two libraries round differently and a clip must not depend
+on who timed what. Each shape's choice is logged once. Importing this needs the package `flash-attn-4`; the first call
+of each kind of numbers, head and pattern compiles for ten seconds, once a machine.
 
 Defined by the functions of the same names in `kernels.reference`, whose shape suffixes are used.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,8 +22,10 @@ from torch.nn import functional
 
 from kernels.reference import BLOCK_TOKENS
 
-# The library keeps compiled kernels on disk only if it is told so by its environment before it is imported.
+# The library keeps compiled kernels on disk only if it is told so by its environment before it is imported. Left to
+# itself it would ask for the user's name, which a container may not have.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"flash-{os.getuid()}"))
 
 from flash_attn.cute import flash_attn_func
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -47,8 +51,7 @@ def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | Non
 
 def block_sparse_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_BHQN: Tensor) -> Tensor:
     """`kernels.reference.block_sparse_attention` for bfloat16 or float16 on a GPU of compute capability 9.0, and heads
-    of 64, 96 or 128 channels. Rows of q, k and v must start at multiples of 16 bytes; the library raises where they do
-    not.
+    of 64 or 128 channels. Rows of q, k and v must start at multiples of 16 bytes; the library raises where they do not.
     """
     # The library hides keys past the end in the block that it takes first, the last of a list: there the short block
     # must be, if it is seen.

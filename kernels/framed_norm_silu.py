@@ -10,7 +10,7 @@ shift (B, C, 1, 1, 1) may be None. All arithmetic is float32, rounded once.
 Every place of the result is written once and reads one place of x, so a margin costs its own writes. One program makes
 a stretch of one row, with the channels of each place in registers; one launch makes the frames of one part.
 
-Defined by `framed_norm_silu` and `framed` of `kernels.reference`, whose shape suffixes are used.
+Defined by `framed_norm_silu` and `framed` of `kernels.reference_pictures`, whose shape suffixes are used.
 """
 
 # ruff: noqa: ANN001, ANN202  (device code: its arguments are addresses and numbers, typed by the compiler)

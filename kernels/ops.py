@@ -206,13 +206,18 @@ def fused_ops(device: str) -> OpSet:
 
 def _with_flash_attention(ops: OpSet, device: str) -> OpSet:
     """`ops` with FlashAttention-4 where that is installed and was measured to be faster than cuDNN: on Hopper."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) != _HOPPER:
+        return ops
     try:
         # A library of a gigabyte that nothing else needs.
         from kernels import flash_attention
-    except ImportError as error:
-        log.info("attention", extra={"facts": {"library": "cudnn", "because": str(error)}})
-        return ops
-    if torch.cuda.get_device_capability(device) != _HOPPER:
+    except Exception as error:  # noqa: BLE001 - it makes folders and compilers at its import, and cuDNN does without
+        facts = {
+            "library": "cudnn",
+            "because": f"{type(error).__name__}: {error}",
+            "way_out": "install the extra flash",
+        }
+        log.warning("attention is slower than it could be", extra={"facts": facts})
         return ops
     return replace(ops, attention=flash_attention.attention)
 

@@ -60,7 +60,7 @@ from pipeline.storage.patience import Patience
 from pipeline.storage.runs import FLUSH_EVERY_S, RunFolder, close_dead_runs
 from pipeline.storage.store import open_store
 
-_REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "av", "pyarrow", "hydra-core", "ray")
+_REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "av", "pyarrow", "hydra-core", "ray", "flash-attn-4")
 
 
 def worker_device(job: RenderJob) -> str:

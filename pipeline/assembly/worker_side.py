@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.engine.loading import MemoryBudget, load_engine
 from pipeline.errors import UsageError
 from pipeline.media.mux import EncodeSettings
 from pipeline.model.denoiser import AudioVideoDenoiser
-from pipeline.model.graphs import ON_CUDA, GraphedDenoiser, Recorder
+from pipeline.model.graphs import GRAPH_BYTES, NUM_KEPT, ON_CUDA, GraphedDenoiser, Recorder
 from pipeline.parallel.consent import GangConsent
 from pipeline.parallel.guidance import SpreadPasses
 from pipeline.parallel.layout import RankGroups
@@ -100,13 +100,23 @@ def _load(
     if device == "cuda" and job.model.size.has_audio:
         engine.denoiser.overlap_audio(torch.cuda.Stream())
     if groups is None:
-        return with_graphs(engine, job.cluster.graph_below_tokens) if device == "cuda" else engine
+        has_room = device == "cuda" and has_room_for_graphs(job.cluster.gpu_memory_limit_gb, brief.demands[layout])
+        return with_graphs(engine, job.cluster.graph_below_tokens) if has_room else engine
     engine.video_decoder.share_rows = partial(share_rows, axis=groups.world)
     assert isinstance(engine.denoiser, AudioVideoDenoiser), "it was just loaded"
     spread = engine.denoiser
     denoiser = SequenceParallelDenoiser(spread, groups, ops.attention_with_lse) if groups.tokens.size > 1 else spread
     spread_passes = SpreadPasses(groups.guidance)
     return replace(engine, denoiser=denoiser, spread=spread_passes, hands_out_frames=groups.is_leader)
+
+
+def has_room_for_graphs(limit_gb: float | None, demands: Sequence[Mapping[str, int]]) -> bool:
+    """If graphs may stay beside the weights, which lie on the GPU by now, and the most that a phase of a clip takes."""
+    left_bytes, _ = torch.cuda.mem_get_info()
+    if limit_gb is not None:
+        left_bytes = min(left_bytes, round(limit_gb * 1e9) - torch.cuda.memory_reserved())
+    most_bytes = max((num_bytes for demand in demands for num_bytes in demand.values()), default=0)
+    return left_bytes - most_bytes >= NUM_KEPT * GRAPH_BYTES
 
 
 def with_graphs(engine: RenderEngine, below_tokens: int, recorder: Recorder = ON_CUDA) -> RenderEngine:

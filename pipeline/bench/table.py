@@ -189,7 +189,8 @@ def _gangs(rows: Iterable[Row]) -> Iterator[_Line]:
             model, shape, layout = row["model"], row["shape"], row["layout"]
             seconds, *_ = _speed(facts)
             # Of a time that means nothing there is no speed-up either.
-            faster = facts.get("speed_up") if "median_s" in facts else None
+            counts = "median_s" in facts and "error" not in facts
+            faster = facts.get("speed_up") if counts else None
             cosine = min((of["cosine"] for of in facts.get("against_alone", {}).values()), default=None)
             cells = (
                 f"{model} {shape}", layout, f"`{name}`", seconds, "" if faster is None else f"{faster:.2f}",

@@ -53,7 +53,7 @@ class ClusterConfig:
     # A worker of one GPU that holds the whole model replays denoiser calls of fewer video tokens than this, all samples
     # together, as CUDA graphs; 0: none. On one H200 a step of 640 tokens takes 0.197 s, nearly all of it Python's
     # queueing; from 6,144 on the device is the limit. Clips are the same to the bit: it is no part of the content key.
-    graph_below_tokens: int = 12288
+    graph_below_tokens: int = 6144
     # Every node sees `output` under the same path (NFS, say), so it may be a plain path on several nodes.
     shared_output: bool = False
 

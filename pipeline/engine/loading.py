@@ -62,9 +62,9 @@ _DTYPES: dict[str, torch.dtype | None] = {
 WHOLE_BITS = 16
 # GPUs from here on multiply 8-bit numbers (Ada, Hopper).
 FP8_CAPABILITY = (8, 9)
-# What NVIDIA's block-sparse kernel was measured on, and the channels of a head that it takes there.
+# What attention over blocks was measured on, and the channels of a head that it was tried with there.
 SPARSE_CAPABILITY = (9, 0)
-SPARSE_HEAD_CHANNELS = (64, 96, 128)
+SPARSE_HEAD_CHANNELS = (64, 128)
 # The audio encoder is not loaded yet; published files may also carry statistics that no released code reads.
 _KNOWN_AND_UNUSED = re.compile(
     r"audio_vae\.encoder\..+"

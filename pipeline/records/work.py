@@ -12,7 +12,8 @@ from pipeline.records.parallel import ONE_GPU, ParallelLayout
 from pipeline.records.request import RenderRequest
 
 # Raised by hand whenever the same request would give other pixels or other sound than before.
-# 6: on a GPU eight frames go through a convolution together, and its bias is rounded with what comes after it.
+# 6: on a GPU eight frames go through a convolution together, and its bias is rounded with what comes after it; on
+# Hopper another library attends, densely and over blocks.
 RENDER_REVISION = 6
 # How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
 MORE_GPUS = "more_gpus"

@@ -86,7 +86,7 @@ def test_the_shipped_choice_keeps_what_structured_heads_look_at(heads, stage):
 
 
 def test_the_shipped_density_is_not_below_the_least(stage):
-    assert fast().attention_density >= MIN_DENSITY == 0.25
+    assert fast().attention_density == MIN_DENSITY == 0.25
     with pytest.raises(UsageError, match=r"attention_density must be between 0\.25 and 1, got 0\.2"):
         PrecisionConfig(attention_density=0.2)
     num_blocks, most = len(stage.pattern.always_QN), int(stage.pattern.always_QN.sum(dim=1).max())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.ops import fused_ops
-from pipeline.assembly.worker_side import with_graphs
+from pipeline.assembly.worker_side import has_room_for_graphs, with_graphs
 from pipeline.config.model import PrecisionConfig
 from pipeline.engine.loading import load_engine
 from pipeline.model.graphs import Recorder
@@ -89,6 +89,17 @@ def test_an_engine_whose_parts_wait_replays_nothing_nor_one_that_is_told_so(engi
     assert with_graphs(engine, 0) is engine
     engine.residency.tighten()
     assert with_graphs(engine, MANY) is engine
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "reserved_gb", "limit_gb", "expected"),
+    [(16.0, 67.0, None, True), (15.9, 67.0, None, False), (70.0, 60.0, 80.0, True), (70.0, 65.0, 80.0, False)],
+)
+def test_graphs_need_room_beside_the_fullest_phase(free_gb, reserved_gb, limit_gb, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (round(free_gb * 1e9), 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: round(reserved_gb * 1e9))
+    demands = [{"denoise": 3 * 10**9, "decode": 8 * 10**9}, {"decode": 10**9}]
+    assert has_room_for_graphs(limit_gb, demands) == expected
 
 
 @pytest.mark.gpu

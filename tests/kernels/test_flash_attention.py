@@ -102,6 +102,7 @@ def test_chosen_blocks_go_to_the_library_in_order(flash, num_queries, num_keys):
 def test_fused_operations_on_hopper_attend_by_the_library(flash, monkeypatch, capability, is_flash):
     pytest.importorskip("triton", reason="Triton is made for Linux only")
     module, _ = flash
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     fused = ops.fused_ops("cuda")
     assert (fused.attention is module.attention) == is_flash
@@ -110,13 +111,26 @@ def test_fused_operations_on_hopper_attend_by_the_library(flash, monkeypatch, ca
     assert sparse.block_sparse_attention is module.block_sparse_attention
 
 
-def test_without_the_library_operations_are_as_they_were_and_it_is_said(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+class _BrokenLibrary:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("flash_attn"):
+            raise OSError("no folder for compiled kernels")
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_without_the_library_operations_are_as_they_were_and_it_is_said(is_broken, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delitem(sys.modules, "kernels.flash_attention", raising=False)
+    if is_broken:
+        monkeypatch.setattr(sys, "meta_path", [_BrokenLibrary(), *sys.meta_path])
+    else:
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
     given = ops.reference_ops()
-    with caplog.at_level(logging.INFO, logger="kernels.ops"):
+    with caplog.at_level(logging.WARNING, logger="kernels.ops"):
         assert ops._with_flash_attention(given, "cuda") is given
     assert caplog.records[0].facts["library"] == "cudnn"
+    assert caplog.records[0].facts["because"].startswith("OSError" if is_broken else "ModuleNotFoundError")
 
 
 @pytest.mark.gpu

@@ -140,7 +140,7 @@ def test_warm_clips_are_shown_by_tier_and_pictures(tmp_path: Path) -> None:
 
 def test_a_tier_that_failed_or_is_not_itself_shows_no_seconds(tmp_path: Path) -> None:
     both = {"natural": clips(10.0), "as_decoded": clips(20.0)}
-    contestants = {"exact": {"pictures": both, "error": "..."}, "fast": {"failure": "ImportError: no cudnn"}}
+    contestants = {"exact": {"pictures": both, "error": "..."}, "fast": {"failure": "ImportError: no library"}}
     append(tmp_path, latency_row("2026-11-20T10:00:00+00:00", contestants))
     (head,), lines = lines_of(tmp_path, "| precision | pictures |"), lines_of(tmp_path, "1920x1088x121")
     assert ["error" in line for line in lines] == [True, True, False, False]
@@ -181,7 +181,9 @@ def test_steps_on_several_gpus_are_shown_by_layout_beside_one_gpu(tmp_path: Path
 
 def test_a_contestant_that_failed_on_several_gpus_shows_no_numbers(tmp_path: Path) -> None:
     off = {"not_comparable": "...", "against_alone": {"video": {"cosine": 0.5}}}
-    append(tmp_path, gang_row("2026-11-20T10:00:00+00:00", {"fast": {"failure": "no"}, "fp8": off}))
+    wrong = timed(1.4, speed_up=1.9, error="...")
+    append(tmp_path, gang_row("2026-11-20T10:00:00+00:00", {"fast": {"failure": "no"}, "fp8": off, "exact": wrong}))
+    assert "| error |  |  |  |" in lines_of(tmp_path, "`exact`")[0]
     assert "| failure |  |  |  |" in lines_of(tmp_path, "`fast`")[0]
     assert "| not comparable |  | 0.50000 |  |" in lines_of(tmp_path, "`fp8`")[0]
 
