@@ -134,7 +134,7 @@ def test_sparse_attention_that_cannot_be_is_refused_before_weights_are_read(nano
     assert "must leave one of the 2 layers of nano to block_sparse, got 3 and 3" in refused(
         nano_model, attention="block_sparse"
     )
-    assert "for heads of other than (64, 96, 128) channels, got block_sparse for 16" in refused(
+    assert "for heads of other than (64, 128) channels, got block_sparse for 16" in refused(
         nano_model, "cuda", **SPARSE
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
