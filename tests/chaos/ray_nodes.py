@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray._common.utils import get_default_ray_temp_dir
 from ray.cluster_utils import Cluster
 
 from pipeline.cluster.ray_session import _descendants
@@ -45,13 +46,19 @@ class Nodes:
         return sorted(found)
 
 
+def new_cluster(head: dict[str, Any]) -> Cluster:
+    """A cluster of a head. Ray's helper notes its address in a default folder that a new machine does not have."""
+    Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
+    return Cluster(initialize_head=True, head_node_args=head)
+
+
 @contextmanager
 def ray_nodes(num_nodes: int, cpus_per_node: float) -> Iterator[Nodes]:
     """The cluster within; afterwards nothing of it is left."""
     # Short, because the paths of Ray's sockets are bounded.
     with tempfile.TemporaryDirectory(prefix="rc-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         arguments = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20, "temp_dir": folder}
-        cluster = Cluster(initialize_head=True, head_node_args=arguments)
+        cluster = new_cluster(arguments)
         try:
             nodes = Nodes(cluster, cpus_per_node)
             for _ in range(num_nodes):

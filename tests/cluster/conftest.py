@@ -32,6 +32,7 @@ from pipeline.planning.queue import WorkQueue
 from pipeline.records.outcome import LedgerEntry, WorkerSeat
 from pipeline.records.parallel import ParallelLayout
 from pipeline.records.work import Offer, WorkItem
+from tests.chaos.ray_nodes import new_cluster
 from tests.unit.makers import FACTS, item
 
 PRICE = UnitPrice("p", 3600)  # type: ignore[arg-type] - a dollar a second keeps the sums readable
@@ -52,7 +53,7 @@ def two_cpus() -> Iterator[Cluster]:
         # Where a test may put an nvidia-smi of its own; the GPU is one in name only.
         patch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
         head = {"num_cpus": 2, "num_gpus": 1, "temp_dir": folder, **NODE}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = new_cluster(head)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield cluster
         ray.shutdown()
