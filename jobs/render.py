@@ -60,17 +60,23 @@ def stop_on_signals(notice_s: float) -> StopRequest:
     def ask(signum: int, frame: FrameType | None) -> None:
         if stop.reason is not None:
             os._exit(EXIT_INTERRUPTED)
-        # Closing the books takes moments, but a store that does not answer may hold them up: what is written is whole
-        # at any time, so the process can end without them.
-        last = threading.Timer(notice_s - SPARE_S, os._exit, (EXIT_INTERRUPTED,))
+        stop.reason = f"interrupted ({signal.Signals(signum).name}); the same command goes on from here"
+        # Closing the books takes moments, but a store that does not answer, or a busy machine, may hold them up: what
+        # is written is whole at any time, so the process can end without them.
+        last = threading.Timer(notice_s - SPARE_S, _end_now, (stop.reason,))
         last.daemon = True
         last.start()
-        stop.reason = f"interrupted ({signal.Signals(signum).name}); the same command goes on from here"
         say(sys.stderr, "\nstopping: what is committed stays, the rest is resumable")
 
     for signum in STOPPING:
         signal.signal(signum, ask)
     return stop
+
+
+def _end_now(reason: str) -> None:
+    """End the process with what its last line would have been."""
+    os.write(2, f"{reason}\n".encode())
+    os._exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":
