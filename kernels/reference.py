@@ -1,7 +1,7 @@
 """Every operation of the denoiser in plain torch: the definition that a faster version must match.
 
 Inputs may be float32, bfloat16 or float16. Except for attention, arithmetic is float32 throughout and rounded once, to
-the dtype of the first argument. No operation writes to its inputs, but one whose name ends in `_` to its first.
+the dtype of the first argument. No operation writes to its inputs.
 
 Shape suffixes: B batch, T tokens, S keys, D channels of a token, H heads, K channels of a head, P = K/2,
 N distinct timesteps of a sample. A size of 1 at B broadcasts. Of a linear layer: M rows of input, D channels in, N out.

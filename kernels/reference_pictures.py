@@ -1,7 +1,7 @@
 """Every operation of the video decoder in plain torch: the definition that a faster version must match.
 
 Inputs may be float32, bfloat16 or float16. Arithmetic is float32 throughout and rounded once, to the dtype of the first
-argument; float64 stays float64.
+argument; float64 stays float64. No operation writes to its inputs, but one whose name ends in `_` to its first.
 
 Shape suffixes: B batch, C channels, F frames, H height, W width, R = 3H/2 rows of bytes.
 """
