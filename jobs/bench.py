@@ -252,7 +252,8 @@ def step(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     from pipeline.engine.random_weights import best_device
 
     section = _metadata(job.model)["transformer"]
-    return _record(job, measure_steps(section, job.model, shapes, chosen(job.contestants), best_device()))
+    contestants, device = chosen(job.contestants), best_device()
+    return _record(job, measure_steps(section, job.model, shapes, contestants, device, job.repeats))
 
 
 def gang(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:

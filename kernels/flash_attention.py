@@ -54,8 +54,7 @@ def block_sparse_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_
     of 64 or 128 channels. Rows of q, k and v must start at multiples of 16 bytes; the library raises where they do not.
     """
     # The library hides keys past the end in the block that it takes first, the last of a list: there the short block
-    # must be, if it is seen.
-    seen_BHQN = seen_BHQN.sort(dim=-1).values
+    # is, if it is seen, because lists ascend.
     num_BHQ = torch.full(seen_BHQN.shape[:3], seen_BHQN.shape[3], dtype=torch.int32, device=seen_BHQN.device)
     blocks = BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(num_BHQ),

@@ -34,6 +34,9 @@ BlockSparseAttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 BlockPromiseFn = Callable[[Tensor, Tensor], Tensor]
 """(q_BHTK, k_BHSK) -> float32 BHQN"""
 
+ChosenBlocksFn = Callable[[Tensor, Tensor, int], Tensor]
+"""(promise_BHQN, bool always_QN, number seen) -> seen blocks of keys, int32 BHQN, ascending"""
+
 RmsNormFn = Callable[[Tensor, float], Tensor]
 """(x_BTD, eps) -> BTD"""
 
@@ -58,6 +61,11 @@ GatedResidualNormQuantisedFn = Callable[
 
 QkNormRopeFn = Callable[[Tensor, Tensor, "tuple[Tensor, Tensor] | None", int, float], Tensor]
 """(x_BTD, weight_D, (cos_BHTP, sin_BHTP) or None, num_heads, eps) -> BHTK"""
+
+QkNormRopeBothFn = Callable[
+    [Tensor, Tensor, Tensor, Tensor, "tuple[Tensor, Tensor]", int, float], tuple[Tensor, Tensor]
+]
+"""(q_BTD, k_BTD, q_weight_D, k_weight_D, (cos_BHTP, sin_BHTP), num_heads, eps) -> BHTK of each"""
 
 SumOfSquaresFn = Callable[[Tensor], Tensor]
 """x_BTD -> float32 BT1"""
@@ -116,6 +124,7 @@ class OpSet:
     attention_with_lse: AttentionWithLseFn
     block_sparse_attention: BlockSparseAttentionFn
     block_promise: BlockPromiseFn
+    chosen_blocks: ChosenBlocksFn
     rms_norm: RmsNormFn
     modulated_rms_norm: ModulatedNormFn
     modulated_rms_norm_quantised: ModulatedNormQuantisedFn
@@ -125,6 +134,8 @@ class OpSet:
     gated_residual_norm_quantised: GatedResidualNormQuantisedFn
     qk_norm_rope: QkNormRopeFn
     qk_norm_rope_interleaved: QkNormRopeFn
+    qk_norm_rope_both: QkNormRopeBothFn
+    qk_norm_rope_both_interleaved: QkNormRopeBothFn
     sum_of_squares: SumOfSquaresFn
     qk_scale_rope: QkScaleRopeFn
     qk_scale_rope_interleaved: QkScaleRopeFn
@@ -170,6 +181,7 @@ def fused_ops(device: str) -> OpSet:
     from kernels import (
         add_with_bias,
         block_promise,
+        chosen_blocks,
         framed_norm_silu,
         gated_residual_norm,
         modulated_rms_norm,
@@ -181,6 +193,7 @@ def fused_ops(device: str) -> OpSet:
     return replace(
         _with_flash_attention(device_ops(device), device),
         block_promise=block_promise.block_promise,
+        chosen_blocks=chosen_blocks.chosen_blocks,
         rms_norm=modulated_rms_norm.rms_norm,
         modulated_rms_norm=modulated_rms_norm.modulated_rms_norm,
         modulated_rms_norm_quantised=modulated_rms_norm.modulated_rms_norm_quantised,
@@ -189,6 +202,8 @@ def fused_ops(device: str) -> OpSet:
         gated_residual_norm_quantised=gated_residual_norm.gated_residual_norm_quantised,
         qk_norm_rope=qk_norm_rope.qk_norm_rope,
         qk_norm_rope_interleaved=qk_norm_rope.qk_norm_rope_interleaved,
+        qk_norm_rope_both=qk_norm_rope.qk_norm_rope_both,
+        qk_norm_rope_both_interleaved=qk_norm_rope.qk_norm_rope_both_interleaved,
         sum_of_squares=qk_norm_rope.sum_of_squares,
         qk_scale_rope=qk_norm_rope.qk_scale_rope,
         qk_scale_rope_interleaved=qk_norm_rope.qk_scale_rope_interleaved,
@@ -215,7 +230,7 @@ def _with_flash_attention(ops: OpSet, device: str) -> OpSet:
         facts = {
             "library": "cudnn",
             "because": f"{type(error).__name__}: {error}",
-            "way_out": "install the extra flash",
+            "way_out": "install the extra `flash` on all nodes alike",
         }
         log.warning("attention is slower than it could be", extra={"facts": facts})
         return ops

@@ -39,8 +39,9 @@ def row_scaled_to(row, peak):
 
 @triton.jit
 def _gelu_tanh(x):
-    # x/2 (1 + tanh(u)) is x sigmoid(2u), which Triton has.
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    # x/2 (1 + tanh(u)) is x / (1 + exp(-2u)), here by the exponential of two, which is the GPU's: -2u/ln 2 is
+    # x (a + b x^2) with a = -2 sqrt(2/pi) / ln 2 and b = 0.044715 a.
+    return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * (x * x))))
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def block_sparse_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_
     """softmax(q k^T / sqrt(K)) v over the keys of the seen blocks only, (B, H, T, K), in the dtype of q.
 
     Block i is tokens 128 i to 128 (i + 1), the last one perhaps fewer, so Q is T / 128 rounded up. `seen_BHQN` (int32)
-    names the blocks of keys that a block of queries sees, in any order, none twice.
+    names the blocks of keys that a block of queries sees, in ascending order, none twice.
     """
     num_keys = k_BHSK.shape[2]
     padding = -num_keys % BLOCK_TOKENS
@@ -90,6 +90,16 @@ def block_promise(q_BHTK: Tensor, k_BHSK: Tensor) -> Tensor:
             logits_BhQS = functional.pad(logits_BhQS, (0, padding), value=-torch.inf)
         promise.append(logits_BhQS.float().unflatten(-1, (-1, BLOCK_TOKENS)).logsumexp(dim=-1))
     return torch.cat(promise, dim=1)
+
+
+def chosen_blocks(promise_BHQN: Tensor, always_QN: Tensor, num_seen: int) -> Tensor:
+    """The `num_seen` blocks of keys that each block of queries sees, int32 (B, H, Q, num_seen), in ascending order.
+
+    Those that `always_QN` (bool) marks, `num_seen` at most, then those that promise most; of equal ones the first.
+    """
+    promise_BHQN = promise_BHQN.masked_fill(always_QN, torch.inf)
+    best_BHQN = promise_BHQN.sort(dim=-1, descending=True, stable=True).indices[..., :num_seen]
+    return best_BHQN.sort(dim=-1).values.int()
 
 
 def block_means(x_BHTK: Tensor) -> Tensor:
@@ -195,6 +205,26 @@ def qk_norm_rope_interleaved(
     if rotary is not None:
         y_BHTK = _rotated(y_BHTK, rotary, _neighbours)
     return y_BHTK.to(x_BTD.dtype)
+
+
+def qk_norm_rope_both(
+    q_BTD: Tensor, k_BTD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, rotary: tuple[Tensor, Tensor],
+    num_heads: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`qk_norm_rope` of queries and of keys of the same tokens, whose rotations are the same."""
+    return qk_norm_rope(q_BTD, q_weight_D, rotary, num_heads, eps), qk_norm_rope(
+        k_BTD, k_weight_D, rotary, num_heads, eps
+    )
+
+
+def qk_norm_rope_both_interleaved(
+    q_BTD: Tensor, k_BTD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, rotary: tuple[Tensor, Tensor],
+    num_heads: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `qk_norm_rope_both`, with the pairs of `qk_norm_rope_interleaved`."""
+    return qk_norm_rope_interleaved(q_BTD, q_weight_D, rotary, num_heads, eps), qk_norm_rope_interleaved(
+        k_BTD, k_weight_D, rotary, num_heads, eps
+    )
 
 
 def sum_of_squares(x_BTD: Tensor) -> Tensor:

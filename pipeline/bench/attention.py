@@ -94,9 +94,9 @@ def _queries_and_keys(
 
 
 def _over(ops: OpSet, q: Tensor, k: Tensor, v: Tensor, stage: SparseStage, wanted: Tensor) -> _Over:
-    seen = seen_blocks(q, k, stage.pattern, ops.block_promise)
+    seen = seen_blocks(q, k, stage.pattern, ops)
     attend = partial(ops.block_sparse_attention, q, k, v, seen)
-    choose = partial(seen_blocks, q, k, stage.pattern, ops.block_promise)
+    choose = partial(seen_blocks, q, k, stage.pattern, ops)
     return _Over(stage.pattern.seen_part, attend, choose, difference(attend(), wanted))
 
 

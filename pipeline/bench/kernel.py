@@ -16,7 +16,7 @@ from pipeline.bench.attention import measure_attention
 from pipeline.bench.ceilings import judged, measure_ceilings
 from pipeline.bench.rows import Row, new_row
 from pipeline.bench.timing import difference, in_turns, kernel_seconds_of, spread
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import MIN_DENSITY, ModelConfig
 from pipeline.geometry import LatentShape
 from pipeline.model.hparams import DenoiserHparams
 
@@ -82,9 +82,16 @@ def _cases(tokens: int, num_heads: int, head_dim: int, device: str) -> Iterator[
     yield _Case("gated_residual_norm_quantised", (x, branch, gate, None, modulation, _EPS), unit * 7 // 2)
     yield _Case("qk_norm_rope", (x, weight, rotary, num_heads, _EPS), 2 * unit + 2 * angle.nbytes)
     yield _Case("qk_norm_rope_interleaved", (x, weight, rotary, num_heads, _EPS), 2 * unit + 2 * angle.nbytes)
+    both = (x, branch, weight, draw(width), rotary, num_heads, _EPS)
+    for name in ("qk_norm_rope_both", "qk_norm_rope_both_interleaved"):
+        yield _Case(name, both, 4 * unit + 2 * angle.nbytes)
     q, k = (each.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for each in (x, branch))
-    promised = 2.0 * math.ceil(tokens / BLOCK_TOKENS) * tokens * width
-    yield _Case("block_promise", (q, k), 2 * unit, promised)
+    num_blocks = math.ceil(tokens / BLOCK_TOKENS)
+    yield _Case("block_promise", (q, k), 2 * unit, 2.0 * num_blocks * tokens * width)
+    promise = torch.randn(1, num_heads, num_blocks, num_blocks, device=device)
+    always, num_seen = torch.eye(num_blocks, dtype=torch.bool, device=device), math.ceil(num_blocks * MIN_DENSITY)
+    num_chosen_bytes = promise.nbytes + promise[..., :num_seen].numel() * 4
+    yield _Case("chosen_blocks", (promise, always, num_seen), num_chosen_bytes)
     yield _Case("quantise_rows", (x,), unit * 3 // 2)
     yield _Case("gelu_quantised", (wide,), 6 * unit)
     yield _Case("linear_gelu", (x, up, bias), 5 * unit + up.nbytes, 2.0 * tokens * width * 4 * width)

@@ -18,7 +18,7 @@ from pipeline.bench.ceilings import Ceilings, judged, measure_ceilings
 from pipeline.bench.peers import PEERS
 from pipeline.bench.rows import Row, new_row
 from pipeline.bench.tiers import ABLATIONS, GRAPHED, PLAIN, TIERS, Built, Case, Contestant, Step, Velocities, Weights
-from pipeline.bench.timing import added_bytes, difference, failure_of, forget, in_turns, num_bytes, spread
+from pipeline.bench.timing import TURNS, added_bytes, difference, failure_of, forget, in_turns, num_bytes, spread
 from pipeline.config.model import ModelConfig
 from pipeline.errors import UsageError
 from pipeline.geometry import LatentShape
@@ -50,7 +50,7 @@ def chosen(names: Sequence[str] | None) -> tuple[Contestant, ...]:
 @torch.inference_mode()
 def measure_steps(
     section: Mapping[str, Any], model: ModelConfig, shapes: Mapping[str, LatentShape],
-    contestants: Sequence[Contestant], device: str,
+    contestants: Sequence[Contestant], device: str, turns: int = TURNS,
 ) -> Iterator[Row]:  # fmt: skip
     """A row for each shape, as soon as it is measured. `section` is the `transformer` part of a file's metadata."""
     weights = Weights(section, model, device)
@@ -68,7 +68,7 @@ def measure_steps(
         limits = measure_ceilings(shape.num_video_tokens, video.num_heads, video.head_dim, device)
         wanted = reference.bind(case)()
         entries, out = _entered([c for c in contestants if c.name in built], built, case, wanted, device)
-        facts = _timed(entries, partial(denoiser_flops, model.size, shape), limits, device) | out | failures
+        facts = _timed(entries, partial(denoiser_flops, model.size, shape), limits, device, turns) | out | failures
         flops = denoiser_flops(model.size, shape)
         order = [contestant.name for contestant in contestants]
         yield new_row(
@@ -114,10 +114,10 @@ def _entry(contestant: Contestant, built: Built, case: Case, device: str) -> tup
 
 
 def _timed(
-    entries: Sequence[_Entry], flops_of: Callable[[float], float], limits: Ceilings, device: str
+    entries: Sequence[_Entry], flops_of: Callable[[float], float], limits: Ceilings, device: str, turns: int
 ) -> dict[str, dict[str, Any]]:
     """What each entry took, and what that is of the ceilings. `flops_of` counts a step by its part of attention."""
-    times = in_turns({entry.contestant.name: entry.step for entry in entries}, device)
+    times = in_turns({entry.contestant.name: entry.step for entry in entries}, device, turns=turns)
     found = {}
     for entry in entries:
         seconds = spread(times[entry.contestant.name])

@@ -38,8 +38,8 @@ SIGMA = 0.9
 EXACT = PrecisionConfig()
 FP8 = PrecisionConfig("fp8", linear="fp8")
 FAST = PrecisionConfig(
-    "fast", linear="fp8", keep_first_blocks=1, keep_last_blocks=1, attention="block_sparse", dense_first_layers=1,
-    dense_last_layers=1,
+    "fast", linear="fp8", keep_first_blocks=1, keep_last_blocks=1, attention="block_sparse", dense_above_level=0.99,
+    dense_first_layers=1, dense_last_layers=1,
 )  # fmt: skip
 Velocities = tuple[Tensor | None, Tensor | None]
 Step = Callable[[], Velocities]
@@ -282,7 +282,7 @@ _GROUPS = {
     "flash_attention": ("attention",),
     "norms": ("rms_norm", "modulated_rms_norm", "modulated_rms_norm_quantised"),
     "residuals": ("gated_residual", "gated_residual_norm", "gated_residual_norm_quantised"),
-    "query_key_norms": ("qk_norm_rope",),
+    "query_key_norms": ("qk_norm_rope", "qk_norm_rope_both"),
     "gelu_epilogue": ("linear_gelu",),
     "float8_rows": ("quantise_rows", "gelu_quantised"),
 }

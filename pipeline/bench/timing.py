@@ -56,11 +56,11 @@ def least_s(call: Call, device: str, repeats: int = 20) -> float:
 
 
 def in_turns(
-    calls: Mapping[str, Call], device: str, clock: Callable[[Call, str], float] = seconds_of
+    calls: Mapping[str, Call], device: str, clock: Callable[[Call, str], float] = seconds_of, *, turns: int = TURNS
 ) -> dict[str, list[float]]:
     """Seconds of each call by name: A, B, A, B, ..., so that a machine that slows down slows all of them."""
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, call in calls.items():
             call()
             found[name] += [clock(call, device) for _ in range(TIMED_A_TURN)]

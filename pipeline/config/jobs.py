@@ -177,7 +177,7 @@ class BenchJob:
     # Of `step`, `gang`, `decode`, `kernel` and `latency`: width x height x frames; if left out 768x512x121 and
     # 1920x1088x121, the latter alone in `latency`.
     shapes: list[str] | None = None
-    # Of `latency`: timed clips of natural pictures; of noise there is one.
+    # Of `latency`: timed clips of natural pictures; of noise there is one. Of `step`: turns of two timed steps.
     repeats: int = 3
     # Of `step`, `gang` and `latency`: who takes part; the tiers and, but for `latency`, the peers if left out. Of
     # `decode`: the ways beside `whole`; all if left out.

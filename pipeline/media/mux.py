@@ -258,10 +258,14 @@ class _Picture:
 
     def __init__(self, container: OutputContainer, clip: _Clip, first_frame: YuvFrames) -> None:
         settings = clip.settings
+        # Threads that look ahead: of x264's own choice, a sixth, the others wait for them.
+        ahead = max(1, settings.x264_threads // 3)
         options = {
             "preset": settings.preset,
             "crf": str(settings.crf),
-            "x264-params": f"threads={settings.x264_threads}:sliced-threads=0{REPRODUCIBLE_ASM}",
+            "x264-params": (
+                f"threads={settings.x264_threads}:lookahead-threads={ahead}:sliced-threads=0{REPRODUCIBLE_ASM}"
+            ),
             "flags": "+bitexact",
         }
         stream = container.add_stream("libx264", rate=clip.rate, options=options)

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from kernels.ops import OpSet, QkNormRopeFn
+from kernels.ops import OpSet, QkNormRopeBothFn, QkNormRopeFn
 from kernels.rows import ScaledRows
 from pipeline.model.hparams import DenoiserHparams, StreamHparams
 from pipeline.model.rope import RotaryTable
@@ -43,10 +43,14 @@ NormHeadsFn = Callable[[Sequence[Projected], int, float], list[Tensor]]
 """(projections of one attention, number of heads, eps) -> BHTK of each"""
 
 
-def one_by_one(norm: QkNormRopeFn) -> NormHeadsFn:
-    """Each projection normed by itself."""
+def on_one_device(norm: QkNormRopeFn, norm_both: QkNormRopeBothFn) -> NormHeadsFn:
+    """Queries and keys together where their rotations are the same table, else each projection by itself."""
 
     def norm_heads(projections: Sequence[Projected], num_heads: int, eps: float) -> list[Tensor]:
+        first, *others = projections
+        if len(others) == 1 and first.rotary is not None and others[0].rotary is first.rotary:
+            (keys,) = others
+            return [*norm_both(first.x_BTD, keys.x_BTD, first.weight_D, keys.weight_D, first.rotary, num_heads, eps)]
         return [norm(given.x_BTD, given.weight_D, given.rotary, num_heads, eps) for given in projections]
 
     return norm_heads
@@ -83,7 +87,10 @@ class Attention(nn.Module):
         self.in_float8 = False
         self.attend = ops.attention
         self.quantise_rows = ops.quantise_rows
-        self.norm_heads = one_by_one(ops.qk_norm_rope_interleaved if hparams.rotary.interleaved else ops.qk_norm_rope)
+        if hparams.rotary.interleaved:
+            self.norm_heads = on_one_device(ops.qk_norm_rope_interleaved, ops.qk_norm_rope_both_interleaved)
+        else:
+            self.norm_heads = on_one_device(ops.qk_norm_rope, ops.qk_norm_rope_both)
         self.gate_heads = ops.gate_heads
 
     def share_heads(self, share: Share, norm_heads: NormHeadsFn) -> None:

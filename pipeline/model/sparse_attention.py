@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionFn, BlockPromiseFn, OpSet, block_means
+from kernels.ops import AttentionFn, OpSet, block_means
 from pipeline.model.block import AudioVideoBlock
 from pipeline.model.denoiser import AudioVideoDenoiser
 
@@ -59,16 +59,15 @@ def block_pattern(places_TA: Tensor, is_first_T: Tensor, density: float) -> Bloc
     return BlockPattern(len(places_TA), num_seen, always_QN)
 
 
-def seen_blocks(q_BHTK: Tensor, k_BHSK: Tensor, pattern: BlockPattern, promise: BlockPromiseFn) -> Tensor:
-    """The blocks of keys that each block of queries sees, int32 (B, H, Q, N of `num_seen`), in no order.
+def seen_blocks(q_BHTK: Tensor, k_BHSK: Tensor, pattern: BlockPattern, ops: OpSet) -> Tensor:
+    """The blocks of keys that each block of queries sees, int32 (B, H, Q, N of `num_seen`), in ascending order.
 
     What a block of keys promises is its share of the softmax of a block's mean query. Queries are pooled and keys are
     not: a few keys that all queries look at (sinks, outliers) are 1/128 of the mean of their block, and attention
     without them is another attention. tests/engine/test_block_choice.py has the numbers. It costs 1/128 of the dense
     product of queries and keys.
     """
-    promise_BHQN = promise(q_BHTK, k_BHSK).masked_fill(pattern.always_QN, torch.inf)
-    return promise_BHQN.topk(pattern.num_seen, sorted=False).indices.int()
+    return ops.chosen_blocks(ops.block_promise(q_BHTK, k_BHSK), pattern.always_QN, pattern.num_seen)
 
 
 class PatternInForce:
@@ -98,15 +97,15 @@ class SparseAttention:
 
     def __init__(self, dense: AttentionFn, ops: OpSet, in_force: PatternInForce) -> None:
         self._dense = dense
-        self._sparse = ops.block_sparse_attention
-        self._promise = ops.block_promise
+        self._ops = ops
         self._in_force = in_force
 
     def __call__(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
         pattern = self._in_force.pattern
         if pattern is None or bias is not None or k_BHSK.shape[2] != pattern.num_tokens:
             return self._dense(q_BHTK, k_BHSK, v_BHSK, bias)
-        return self._sparse(q_BHTK, k_BHSK, v_BHSK, seen_blocks(q_BHTK, k_BHSK, pattern, self._promise))
+        seen_BHQN = seen_blocks(q_BHTK, k_BHSK, pattern, self._ops)
+        return self._ops.block_sparse_attention(q_BHTK, k_BHSK, v_BHSK, seen_BHQN)
 
 
 def use_sparse_attention(denoiser: AudioVideoDenoiser, layers: Iterable[int], ops: OpSet) -> PatternInForce:

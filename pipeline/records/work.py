@@ -14,7 +14,9 @@ from pipeline.records.request import RenderRequest
 # Raised by hand whenever the same request would give other pixels or other sound than before.
 # 6: on a GPU eight frames go through a convolution together, and its bias is rounded with what comes after it; on
 # Hopper another library attends, densely and over blocks.
-RENDER_REVISION = 6
+# 7: on a GPU queries and keys are normed together and the GELU before float8 rows is another formula; x264 looks ahead
+# by more threads.
+RENDER_REVISION = 7
 # How a clip that does not fit its device is tried again, each rung with the ones before it: all give the same pixels.
 MORE_GPUS = "more_gpus"
 MEMORY_RUNGS = ("planned", "small_decode_chunks", "offload", MORE_GPUS)

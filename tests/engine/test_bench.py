@@ -116,7 +116,7 @@ def test_the_fast_tier_is_the_shipped_one() -> None:
 def test_the_fast_tier_is_rated_by_what_it_executes(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = LatentShape(16, 10, 16, 10, 24.0)
     seconds = 1.0
-    monkeypatch.setattr(step, "in_turns", lambda calls, device: {name: [seconds] * 5 for name in calls})
+    monkeypatch.setattr(step, "in_turns", lambda calls, device, turns: {name: [seconds] * 5 for name in calls})
     contestants = [TIERS[0], sparse_from_the_first_token()]
     (row,) = measure_steps(CONFIG["transformer"], NANO, {"512x320x121": shape}, contestants, "cpu")
     dense, fast = (row["contestants"][name] for name in ("plain", "fast"))
@@ -209,7 +209,7 @@ def test_a_contestant_that_fails_is_reported_and_the_others_are_timed() -> None:
 
 
 def test_a_time_below_the_count_at_the_ceiling_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "in_turns", lambda calls, device: {name: [1e-9] * 5 for name in calls})
+    monkeypatch.setattr(step, "in_turns", lambda calls, device, turns: {name: [1e-9] * 5 for name in calls})
     facts = measured(TIERS[0])
     assert "must be at least" in facts["plain"]["error"]
 

@@ -28,7 +28,7 @@ from pipeline.model.sparse_attention import (
     seen_blocks,
 )
 
-block_promise = reference_ops().block_promise
+OPS = reference_ops()
 
 # Both stages of 1920x1088, 121 frames.
 HALF, FULL = (16, 17, 30), (16, 34, 60)
@@ -60,7 +60,7 @@ def is_enough(mass_H: torch.Tensor) -> bool:
 def shipped_mass(heads: StructuredHeads, stage: SparseStage) -> torch.Tensor:
     """By head."""
     q_BHTK, k_BHTK = ordered(heads, stage)
-    seen_BHQN = seen_blocks(q_BHTK, k_BHTK, stage.pattern, block_promise)
+    seen_BHQN = seen_blocks(q_BHTK, k_BHTK, stage.pattern, OPS)
     return kept_mass(q_BHTK, k_BHTK, seen_BHQN, sampled_queries(heads)).mean(dim=1)
 
 
@@ -97,7 +97,7 @@ def test_the_shipped_density_is_not_below_the_least(stage):
 def test_raster_order_keeps_less(heads, stage):
     """Same number of blocks, same rule: only what is in a block differs."""
     pattern = BlockPattern(stage.pattern.num_tokens, stage.pattern.num_seen, in_raster_order(stage))
-    seen = seen_blocks(heads.q_BHTK, heads.k_BHTK, pattern, block_promise)
+    seen = seen_blocks(heads.q_BHTK, heads.k_BHTK, pattern, OPS)
     mass_H = kept_mass(heads.q_BHTK, heads.k_BHTK, seen, sampled_queries(heads)).mean(dim=1)
     assert not is_enough(mass_H) and mass_H.mean() < shipped_mass(heads, stage).mean() - 0.015, mass_H
 
@@ -148,7 +148,7 @@ def test_the_shipped_choice_keeps_it_at_1080p(seed):
 
 def test_promise_is_the_sum_over_the_keys_of_a_block(heads):
     q_BHTK, k_BHTK = heads.q_BHTK[:, :, :300], heads.k_BHTK[:, :, :200]
-    promise_BHQN = block_promise(q_BHTK, k_BHTK)
+    promise_BHQN = OPS.block_promise(q_BHTK, k_BHTK)
     assert promise_BHQN.shape == (1, 4, 3, 2)
     mean_BHK = q_BHTK[:, :, 256:300].mean(dim=2)
     expected_BH = (mean_BHK[:, :, None] @ k_BHTK[:, :, 128:200].transpose(2, 3) / 8)[:, :, 0].logsumexp(dim=-1)
@@ -166,8 +166,9 @@ def test_every_block_sees_itself_its_neighbours_and_the_first_frame_and_as_many_
     count_Q = pattern.always_QN.sum(dim=1)
     assert count_Q.min() >= NUM_NEAREST and 2 * count_Q.max() <= pattern.num_seen
     q_BHTK, k_BHTK = torch.randn(2, 2, 3, 8160, 16)
-    seen_BHQN = seen_blocks(q_BHTK, k_BHTK, pattern, block_promise)
+    seen_BHQN = seen_blocks(q_BHTK, k_BHTK, pattern, OPS)
     assert seen_BHQN.dtype == torch.int32 and seen_BHQN.shape == (2, 3, num_blocks, pattern.num_seen)
+    assert (seen_BHQN.diff(dim=-1) > 0).all(), "in ascending order"
     by_block = torch.zeros(2, 3, num_blocks, num_blocks).scatter_add_(3, seen_BHQN.long(), torch.ones(seen_BHQN.shape))
     assert by_block.max() == 1, "none twice"
     assert (by_block[:, :, pattern.always_QN] == 1).all()
@@ -176,8 +177,8 @@ def test_every_block_sees_itself_its_neighbours_and_the_first_frame_and_as_many_
 def test_full_density_sees_every_block():
     pattern = stage_of((3, 9, 11), 1.0).pattern
     q_BHTK = torch.randn(1, 2, 297, 16)
-    seen_BHQN = seen_blocks(q_BHTK, q_BHTK, pattern, block_promise)
-    assert seen_BHQN.sort().values.tolist() == [[[[0, 1, 2]] * 3] * 2]
+    seen_BHQN = seen_blocks(q_BHTK, q_BHTK, pattern, OPS)
+    assert seen_BHQN.tolist() == [[[[0, 1, 2]] * 3] * 2]
 
 
 def test_in_a_short_clip_what_is_always_seen_is_half_at_most():

@@ -25,7 +25,7 @@ def drawn(num_queries, num_keys, channels, num_seen=None, device="cpu", dtype=to
     q, k, v = (torch.randn(2, 3, n, channels, device=device, dtype=dtype) for n in (num_queries, num_keys, num_keys))
     query_blocks, key_blocks = -(-num_queries // BLOCK_TOKENS), -(-num_keys // BLOCK_TOKENS)
     num_seen = num_seen or max(1, key_blocks // 2)
-    seen = torch.rand(2, 3, query_blocks, key_blocks, device=device).topk(num_seen).indices.int()
+    seen = torch.rand(2, 3, query_blocks, key_blocks, device=device).topk(num_seen).indices.sort().values.int()
     return q, k, v, seen
 
 

@@ -88,11 +88,11 @@ def test_each_shape_says_once_who_attends_to_it(flash, caplog):
 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(300, 300), (130, 500)])
-def test_chosen_blocks_go_to_the_library_in_order(flash, num_queries, num_keys):
+def test_chosen_blocks_go_to_the_library_as_they_are(flash, num_queries, num_keys):
     module, given = flash
     q, k, v = drawn(num_queries, num_keys)
     num_blocks = -(-num_queries // reference.BLOCK_TOKENS), -(-num_keys // reference.BLOCK_TOKENS)
-    seen = torch.rand(2, 3, *num_blocks).topk(2).indices.int()
+    seen = torch.rand(2, 3, *num_blocks).topk(2).indices.sort().values.int()
     mixed = module.block_sparse_attention(q, k, v, seen)
     assert len(given) == 1 and mixed.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(mixed, reference.block_sparse_attention(q, k, v, seen))

@@ -149,6 +149,27 @@ def test_qk_norm_rope_is_its_reference(num_heads, head_dim, name, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["qk_norm_rope_both", "qk_norm_rope_both_interleaved"])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 16), (3, 10), (2, 64), (32, 128)])
+def test_queries_and_keys_together_are_each_alone(num_heads, head_dim, name, dtype, device):
+    q, k = (tokens((2, 5, num_heads * head_dim), dtype, device) for _ in range(2))
+    weights = [torch.randn(num_heads * head_dim, device=device).to(dtype) for _ in range(2)]
+    for samples in (1, 2):
+        angle = 100 * torch.randn(samples, num_heads, 5, head_dim // 2, device=device)
+        given = (q, k, *weights, (angle.cos(), angle.sin()), num_heads, EPS)
+        both = kernel("qk_norm_rope", name)(*given)
+        for got, expected in zip(both, getattr(reference, name)(*given), strict=True):
+            assert relative_error(got, expected) <= BOUND[dtype]
+            assert got.transpose(1, 2).is_contiguous(), "heads must lie side by side"
+        alone = kernel("qk_norm_rope", name.replace("_both", ""))
+        for got, x, weight in zip(both, (q, k), weights, strict=True):
+            # Not to the bit: the compiler joins other products and sums.
+            assert relative_error(got, alone(x, weight, *given[4:])) <= BOUND[dtype]
+    with pytest.raises(ValueError, match="keys must be laid out as queries"):
+        kernel("qk_norm_rope", name)(q, k[:, :4].contiguous(), *given[2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["qk_scale_rope", "qk_scale_rope_interleaved"])
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 16), (3, 10), (16, 64), (4, 128)])
 def test_scale_and_rotation_by_a_given_norm_are_their_reference(num_heads, head_dim, name, dtype, device):

@@ -42,7 +42,8 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
     num_layers = 2
     assert calls_of("dit_ltx2_0") == {
         "attention": 6 * num_layers,
-        "qk_norm_rope": 12 * num_layers,
+        "qk_norm_rope": 8 * num_layers,
+        "qk_norm_rope_both": 2 * num_layers,
         "modulated_rms_norm": 2 * num_layers + 2,
         "gated_residual_norm": 8 * num_layers - 2,
         "gated_residual": 2,
@@ -52,7 +53,8 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
     }
     assert calls_of("dit_ltx2_3") == {
         "attention": 6 * num_layers,
-        "qk_norm_rope": 12 * num_layers,
+        "qk_norm_rope": 8 * num_layers,
+        "qk_norm_rope_both": 2 * num_layers,
         "gate_heads": 6 * num_layers,
         "modulated_rms_norm": 2 * num_layers + 2,
         "gated_residual_norm": 8 * num_layers - 2,
@@ -62,7 +64,8 @@ def test_every_operation_of_the_set_is_used_as_often_as_the_layers_say(fixtures:
     }
     assert calls_of("dit_ltxv_0_9_8_2b") == {
         "attention": 2 * num_layers,
-        "qk_norm_rope_interleaved": 4 * num_layers,
+        "qk_norm_rope_interleaved": 2 * num_layers,
+        "qk_norm_rope_both_interleaved": num_layers,
         "modulated_rms_norm": 1,
         "gated_residual_norm": 2 * num_layers - 1,
         "gated_residual": num_layers + 1,
