@@ -157,6 +157,8 @@ def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
         "load_s": load_s,
         "load_gb": num_bytes / 1e9,
         "load_gb_per_s": num_bytes / 1e9 / load_s if load_s else None,
+        # From an empty process to the commit.
+        "first_clip_s": (row["finished_at"] - run.began).total_seconds(),
         **{name: row[name] for name in (*STAGES, "peak_gpu_memory_bytes", "peak_host_memory_bytes")},
         "gpu_memory_limit_gb": job.gpu_memory_limit_gb,
         "playable": _is_playable(row),
@@ -197,6 +199,7 @@ class _Run(NamedTuple):
     """A run of `jobs.render` that has ended; without rows it did not come to rendering."""
 
     at: str
+    began: datetime
     store: Store
     run_id: str
     exit_code: int
@@ -220,10 +223,11 @@ def _rendered(job: BenchJob, model_arguments: list[str], others: list[str], prom
         arguments.append(f"model.folder={job.folder}")
     if job.gpu_memory_limit_gb is not None:
         arguments.append(f"cluster.gpu_memory_limit_gb={job.gpu_memory_limit_gb}")
+    began = datetime.now(UTC)
     done = subprocess.run([sys.executable, "-m", "jobs.render", *arguments, *others], check=False)
     store = open_store(job.output)
     found = read_rows(store, f"runs/{run_id}/results")
-    return _Run(now.isoformat(timespec="seconds"), store, run_id, done.returncode, found)
+    return _Run(now.isoformat(timespec="seconds"), began, store, run_id, done.returncode, found)
 
 
 def _size(job: BenchJob) -> dict[str, int]:

@@ -30,6 +30,7 @@ def test_a_clip_adds_a_dated_row_with_hardware_and_versions(model_folder: Path, 
     assert row["model"] == "nano" and row["arguments"] == ["recipe.encode.crf=30"]
     assert (row["width"], row["height"], row["num_frames"]) == (64, 64, 9)
     assert row["load_s"] > 0 and row["load_gb_per_s"] > 0 and row["wall_s"] >= row["denoise_s"] > 0
+    assert row["first_clip_s"] > row["wall_s"] + row["load_s"]
     files = json.loads((model_folder / "fingerprint.nano.json").read_text())["files"]
     extras = {name for name in files if "lora" in name}
     loaded = sum(facts["size_bytes"] for name, facts in files.items() if name not in extras)
