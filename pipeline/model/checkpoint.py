@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from pipeline.model.denoiser import AudioVideoDenoiser
 from pipeline.model.fitting import TensorSpec, differences, listed, scale_of
 from pipeline.model.fp8 import Fp8Linear, use_fp8
 from pipeline.model.hparams import DenoiserHparams, ExchangeTimesteps
-from pipeline.model.pinned_reader import PinnedReader, byte_offsets
+from pipeline.model.pinned_reader import PinnedReader, Read, byte_offsets
 from pipeline.model.share import Region
 
 DENOISER_PREFIX = "model.diffusion_model."
@@ -48,7 +49,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
 
 # Start of a name in code -> start of the name on disk; the rest of the name is the same but for _PARTS.
 _DENOISER_NAMES = {
@@ -123,6 +123,10 @@ class TensorFile:
         """Shape and dtype of every tensor, by its name on disk, in the order of the file. Reads no tensor data."""
         return dict(self._specs)
 
+    def scale_of(self, name: str) -> str | None:
+        """The name of the number that a float8 weight is to be multiplied with; None for any other tensor."""
+        return scale_of(name, self._specs)
+
     def read(
         self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, region: Region = ()
     ) -> Tensor:
@@ -131,7 +135,7 @@ class TensorFile:
         A float8 weight with a scale is multiplied out in float32, exactly, and then becomes `dtype`, or bfloat16, which
         is what the rest of such a file is stored in. KeyError if there is no such tensor.
         """
-        scale = scale_of(name, self._specs)
+        scale = self.scale_of(name)
         if scale is not None:
             weight = self.read_stored(name, device, region=region).float() * self.read_stored(scale, device).float()
             return weight.to(torch.bfloat16 if dtype is None else dtype)
@@ -146,12 +150,30 @@ class TensorFile:
         spec = self._specs[name]
         target = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
         if torch.device(device).type == "cuda":
-            if self._reader is None:
-                self._reader = PinnedReader(self.path, device)
-            return self._reader.read(name, spec, region).to(target)
+            return self._pinned_reader(device).read(name, spec, region).to(target)
         # What safetensors hands out on the CPU is a window on the mapped file: copy, so that the file may change later.
         tensor = self._file.get_slice(name)[region] if region else self._file.get_tensor(name)
         return tensor.to(device=device, dtype=target, copy=True)
+
+    def reading_ahead(self, regions: Mapping[str, Region], device: torch.device | str) -> AbstractContextManager[None]:
+        """Within, these tensors are on their way to a GPU before they are read, each with its scale if it has one.
+
+        For whoever reads them in this order, which should be the file's, and in these regions; any other reading gives
+        the same, but later.
+        """
+        if torch.device(device).type != "cuda":
+            return nullcontext()
+        reads = []
+        for name, region in regions.items():
+            reads.append(Read(name, self._specs[name], region))
+            if scale := self.scale_of(name):
+                reads.append(Read(scale, self._specs[scale]))
+        return self._pinned_reader(device).reading_ahead(reads)
+
+    def _pinned_reader(self, device: torch.device | str) -> PinnedReader:
+        if self._reader is None:
+            self._reader = PinnedReader(self.path, device)
+        return self._reader
 
     def _read_specs(self) -> dict[str, TensorSpec]:
         specs = {}
@@ -318,10 +340,14 @@ def fill_module(
             f"{len(problems)} differences; use the published file of this model"
         )
         raise CheckpointMismatch(listed(headline, problems))
-    for stored in checkpoint.tensor_specs():
-        if stored in names:
-            place = names[stored]
-            fill_place(module, place, checkpoint, stored, device, dtype, region_of(stored, place, checkpoint, sharding))
+    regions = {
+        stored: region_of(stored, names[stored], checkpoint, sharding)
+        for stored in checkpoint.tensor_specs()
+        if stored in names
+    }
+    with checkpoint.reading_ahead(regions, device):
+        for stored, region in regions.items():
+            fill_place(module, names[stored], checkpoint, stored, device, dtype, region)
 
 
 def region_of(stored: str, place: str, source: TensorFile, sharding: Sharding | None) -> Region:
@@ -340,7 +366,7 @@ def fill_place(
 ) -> None:
     """Give one tensor of `module` its value from the file, as `fill_module` does."""
     owner = module.get_submodule(place.rpartition(".")[0])
-    scale = scale_of(stored, source.tensor_specs())
+    scale = source.scale_of(stored)
     if isinstance(owner, Fp8Linear) and place.endswith(".weight") and scale is not None:
         weight = source.read_stored(stored, device, region=region)
         owner.set_scaled_weight(weight, source.read_stored(scale, device))

@@ -14,9 +14,11 @@ from transformers import T5Config, T5EncoderModel
 
 from pipeline.engine.components.connectors import load_text_connectors, text_connectors_blueprint
 from pipeline.engine.components.text import TextStates
-from pipeline.engine.components.text_encoder import REWRITE_INSTRUCTIONS, load_text_encoder
+from pipeline.engine.components.text_encoder import REWRITE_INSTRUCTIONS, fill_from_files, load_text_encoder
 from pipeline.errors import CheckpointMismatch, UsageError
+from pipeline.model import checkpoint
 from pipeline.model.checkpoint import CheckpointFile
+from pipeline.model.pinned_reader import PinnedReader
 
 BOUND = 5e-6
 
@@ -143,6 +145,42 @@ def test_broken_gemma_weights_are_refused(gemma_copy):
     (gemma_copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match="text encoder folder"):
         _encoder(gemma_copy)
+
+
+def _sharded(file):
+    """The same tensors in two files with an index, and a third that the index does not name."""
+    tensors = load_file(file)
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for part, held in parts.items():
+        save_file({name: tensors[name] for name in held}, file.with_name(part), {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: part for part, held in parts.items() for name in held}}
+    file.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, file.with_name("other.safetensors"))
+    file.unlink()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("kind", ["gemma", "t5"])
+def test_weights_for_a_gpu_come_from_the_files_by_the_pinned_reader(request, monkeypatch, kind, is_sharded):
+    folder = request.getfixturevalue("gemma_copy" if kind == "gemma" else "t5_folder")
+    weights, prefix = (folder, "language_model.model.") if kind == "gemma" else (folder / "text_encoder", "")
+    if is_sharded:
+        _sharded(weights / "model.safetensors")
+    encoder, expected = _encoder(folder), _encoder(folder)
+    # For a machine without a GPU; what is not in the files stays where the library put it.
+    monkeypatch.setattr(checkpoint, "PinnedReader", lambda path, device: PinnedReader(path, "cpu", buffer_bytes=4096))
+    module = encoder.module.model if kind == "gemma" else encoder.module
+    before = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    fill_from_files(module, weights, prefix, "cuda")
+    assert all(parameter.data_ptr() != before[name] for name, parameter in module.named_parameters()), "every one"
+    stored, wanted = encoder.module.state_dict(), expected.module.state_dict()
+    assert stored.keys() == wanted.keys()
+    assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
+    states = encoder.encode(["a red fox"]).hidden_BSDL
+    assert torch.equal(states, expected.encode(["a red fox"]).hidden_BSDL)
+    if kind == "gemma":
+        assert encoder.module.lm_head.weight is module.embed_tokens.weight
 
 
 def test_text_length_must_suit_the_registers(nano_folder):

@@ -1,6 +1,7 @@
 """Every byte of a file arrives, whatever the sizes of tensors and buffers are; a file that ends early is refused.
 
-The same code as for a GPU, through memory that is not pinned; `gpu` tests use both.
+The same code as for a GPU, through memory that is not pinned; `gpu` tests use both. What is begun when is in
+`test_reading_ahead.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointMismatch
 from pipeline.model import checkpoint
 from pipeline.model.checkpoint import TensorFile
-from pipeline.model.pinned_reader import PinnedReader, byte_offsets
+from pipeline.model.pinned_reader import PinnedReader, Read, byte_offsets
 from pipeline.model.share import Region
 
 on_gpu = pytest.param(
@@ -59,9 +60,11 @@ def test_every_byte_arrives(path: Path, device: str, buffer_bytes: int, num_buff
     if buffer_bytes == 1:
         del specs["large"]
     reader = PinnedReader(path, device, buffer_bytes=buffer_bytes, num_buffers=num_buffers, num_threads=num_threads)
-    # Twice: a buffer may be written over only once it has been emptied.
-    for _ in range(2):
-        got = {name: reader.read(name, spec) for name, spec in specs.items()}
+    reads = [Read(name, spec) for name, spec in specs.items()]
+    # Announced or not, and twice each: a buffer may be written over only once it has been emptied.
+    for announced in (reads, [], reads, []):
+        with reader.reading_ahead(announced):
+            got = {name: reader.read(name, spec) for name, spec in specs.items()}
         assert all(same_bits(tensor, expected[name]) for name, tensor in got.items())
 
 
@@ -79,12 +82,16 @@ def regions_of(shape: tuple[int, ...]) -> list[Region]:
 
 @pytest.mark.parametrize("device", ["cpu", on_gpu])
 @pytest.mark.parametrize("buffer_bytes", [100, 1 << 20])
-def test_every_byte_of_a_region_arrives_in_memory_of_its_own(path: Path, device: str, buffer_bytes: int) -> None:
+@pytest.mark.parametrize("is_announced", [False, True])
+def test_every_byte_of_a_region_arrives_in_memory_of_its_own(
+    path: Path, device: str, buffer_bytes: int, is_announced: bool
+) -> None:
     specs, expected = TensorFile(path).tensor_specs(), load_file(path)
     reader = PinnedReader(path, device, buffer_bytes=buffer_bytes, num_buffers=2, num_threads=2)
     for name, spec in specs.items():
         for region in regions_of(spec.shape):
-            got = reader.read(name, spec, region)
+            with reader.reading_ahead([Read(name, spec, region)] if is_announced else []):
+                got = reader.read(name, spec, region)
             assert same_bits(got, expected[name][region].contiguous()), (name, region)
             assert got.is_contiguous() and got.untyped_storage().nbytes() == got.nbytes, (name, region)
 

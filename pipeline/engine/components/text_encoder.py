@@ -7,6 +7,7 @@ Shapes: B batch, S text tokens, D width, L hidden states of the encoder.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.engine.components.quantise import quantise_weights
 from pipeline.engine.components.sentencepiece import t5_tokenizer
 from pipeline.engine.components.text import NUM_REGISTERS, TextStates
 from pipeline.errors import CheckpointMismatch, UsageError
+from pipeline.model.checkpoint import TensorFile
 
 # For `TextEncoder.rewrite`: what the models were shown in training are captions of this kind.
 REWRITE_INSTRUCTIONS = """\
@@ -139,8 +141,7 @@ def _load_gemma(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtyp
     model = _pretrained(Gemma3ForConditionalGeneration, folder, dtype, "Gemma 3")
     tokenizer = _tokenizer(folder, "left")
     language_model = model.model.language_model.eval().requires_grad_(False)
-    quantise_weights(language_model, bits=bits)
-    language_model.to(device)
+    _send(language_model, folder, "language_model.model.", device=device, bits=bits)
 
     def read(ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         states = language_model(
@@ -167,8 +168,7 @@ def _load_t5(folder: Path, *, max_tokens: int, device: str, dtype: torch.dtype |
     words = folder / "tokenizer"
     tokenizer = _tokenizer(words, "right") if (words / "tokenizer.json").is_file() else t5_tokenizer(words)
     encoder = model.eval().requires_grad_(False)
-    quantise_weights(encoder, bits=bits)
-    encoder.to(device)
+    _send(encoder, folder / "text_encoder", "", device=device, bits=bits)
 
     def read(ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         states: Tensor = encoder(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
@@ -200,6 +200,35 @@ def _pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, name: str) -
     if lacking := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise CheckpointMismatch(f"text encoder folder {folder} lacks {len(lacking)} tensors, such as {lacking[0]}")
     return model
+
+
+def _send(module: nn.Module, folder: Path, prefix: str, *, device: str, bits: int) -> None:
+    """Bring a model that the library has opened on the host to `device`; its names in the files begin with `prefix`."""
+    quantise_weights(module, bits=bits)
+    if bits == 16 and torch.device(device).type == "cuda":
+        # What the library opened are windows on mapped files, which take no time until somebody looks through them.
+        fill_from_files(module, folder, prefix, device)
+    module.to(device)
+
+
+def fill_from_files(module: nn.Module, folder: Path, prefix: str, device: str) -> None:
+    """Put parameters on `device` straight from the files of `folder`; those that have other names there stay."""
+    places = {prefix + name: parameter for name, parameter in module.named_parameters()}
+    for path in _weight_files(folder):
+        file = TensorFile(path, "text encoder")
+        stored = [name for name in file.tensor_specs() if name in places]
+        with file.reading_ahead(dict.fromkeys(stored, ()), device):
+            for name in stored:
+                places[name].data = file.read(name, device, places[name].dtype)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that the library reads: a single one, or those that an index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
+    return [folder / name for name in sorted(set(names))]
 
 
 def _tokenizer(folder: Path, padding_side: str) -> Any:
