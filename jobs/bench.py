@@ -1,11 +1,11 @@
-"""Measure: `python -m jobs.bench write|clip|batch|latency|step|gang|decode|kernel|encode|table [key=value ...]`.
+"""Measure: `python -m jobs.bench write|clip|batch|latency|step|profile|gang|decode|kernel|encode|table [key=value]...`
 
 `write` makes a model's files from random numbers in the published layout and size; `clip` renders one clip with them,
 or with the real ones, through `jobs.render` on Ray, `batch` as many as `num_clips`. `step`, `decode`, `kernel` and
 `latency` draw their weights themselves and time our tiers, our peers, each kernel, and whole clips of a worker that has
-its model, beside what the device can do; `gang` times tiers and peers on several GPUs of this host beside one; `encode`
-times x264. Each adds dated rows, with hardware and versions, to a file of its name in `results`; `table` prints the
-README's table of them.
+its model, beside what the device can do; `profile` says which kernels a step's time is spent in; `gang` times tiers and
+peers on several GPUs of this host beside one; `encode` times x264. Each adds dated rows, with hardware and versions, to
+a file of its name in `results`; `table` prints the README's table of them.
 """
 
 from __future__ import annotations
@@ -260,6 +260,20 @@ def step(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     return _record(job, measure_steps(section, job.model, shapes, contestants, device, job.repeats))
 
 
+def profile(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
+    """Say what the device does in one denoiser step of each contestant."""
+    _refuse("profile", others)
+    shapes = {name: latent_shape(clip) for name, clip in _clips(job, SHAPES).items()}
+    from pipeline.bench.profile import DEFAULT, measure_profiles
+    from pipeline.bench.step import chosen
+    from pipeline.engine.random_weights import best_device
+
+    contestants = DEFAULT if job.contestants is None else chosen(job.contestants)
+    return _record(
+        job, measure_profiles(_metadata(job.model)["transformer"], job.model, shapes, contestants, best_device())
+    )
+
+
 def gang(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     """Time one denoiser step, and the decoding, of a clip that is spread over several GPUs of this host."""
     _refuse("gang", others)
@@ -361,9 +375,8 @@ def _record(job: BenchJob, rows: Iterable[Row]) -> int:
 
 
 WHAT: dict[str, Callable[[BenchJob, list[str], list[str]], int]] = {
-    "write": write, "clip": clip, "batch": batch, "latency": latency, "step": step, "gang": gang, "decode": decode,
-    "kernel": kernel,
-    "encode": encode, "table": table,
+    "write": write, "clip": clip, "batch": batch, "latency": latency, "step": step, "profile": profile, "gang": gang,
+    "decode": decode, "kernel": kernel, "encode": encode, "table": table,
 }  # fmt: skip
 
 

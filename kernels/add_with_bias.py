@@ -26,7 +26,7 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def _kernel(
+def _add_with_bias_kernel(
     x, bias, part, num_places, x_sample_stride, part_sample_stride, C: tl.constexpr, PLACES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _launch(x_BCFHW: Tensor, bias_C: Tensor, part_BCFHW: Tensor | None) -> None:
     width = triton.next_power_of_2(channels)
     places = max(1, BLOCK // width)
     part_stride = 0 if part_BCFHW is None else part_BCFHW.stride(0)
-    _kernel[(triton.cdiv(num_places, places), samples)](
+    _add_with_bias_kernel[(triton.cdiv(num_places, places), samples)](
         x_BCFHW, bias_C, part_BCFHW, num_places, x_BCFHW.stride(0), part_stride, C=channels, PLACES=places, WIDTH=width,
         num_warps=NUM_WARPS,
     )  # fmt: skip

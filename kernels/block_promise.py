@@ -71,7 +71,7 @@ def _rows(
 
 
 @triton.jit
-def _mean_kernel(
+def _block_mean_kernel(
     q, mean, num_tokens, sample_stride, head_stride, token_stride, channel_stride, root, K: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _mean_kernel(
 
 
 @triton.jit
-def _promise_kernel(
+def _block_promise_kernel(
     mean, k, promise, Q, num_keys, N, sample_stride, head_stride, token_stride, channel_stride, K: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
@@ -124,12 +124,12 @@ def block_promise(q_BHTK: Tensor, k_BHSK: Tensor) -> Tensor:
     mean_BHQK = q_BHTK.new_empty(num_samples, num_heads, query_blocks, channels)
     promise_BHQN = q_BHTK.new_empty(num_samples, num_heads, query_blocks, key_blocks, dtype=torch.float32)
     width = triton.next_power_of_2(channels)
-    _mean_kernel[(num_heads, query_blocks, num_samples)](
+    _block_mean_kernel[(num_heads, query_blocks, num_samples)](
         q_BHTK, mean_BHQK, num_tokens, *q_BHTK.stride(), math.sqrt(channels), K=channels, TOKENS=BLOCK_TOKENS,
         WIDTH=width, num_warps=MEAN_WARPS,
     )  # fmt: skip
     tiles = FLOAT_TILES if q_BHTK.dtype == torch.float32 else HALF_TILES
-    _promise_kernel[(num_heads, triton.cdiv(key_blocks, tiles.blocks), num_samples)](
+    _block_promise_kernel[(num_heads, triton.cdiv(key_blocks, tiles.blocks), num_samples)](
         mean_BHQK, k_BHSK, promise_BHQN, query_blocks, num_keys, key_blocks, *k_BHSK.stride(), K=channels,
         TOKENS=BLOCK_TOKENS, WIDTH=width, BLOCKS=tiles.blocks, QUERIES=tiles.queries, num_warps=tiles.warps,
         num_stages=tiles.stages,

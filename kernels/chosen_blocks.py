@@ -26,7 +26,7 @@ _NUMBERS_A_WARP = 1024
 
 
 @triton.jit
-def _kernel(promise, always, seen, Q, N, num_seen, BLOCK: tl.constexpr):
+def _chosen_blocks_kernel(promise, always, seen, Q, N, num_seen, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK)
     is_block = block < N
@@ -61,7 +61,7 @@ def chosen_blocks(promise_BHQN: Tensor, always_QN: Tensor, num_seen: int) -> Ten
         raise ValueError(f"num_seen must be from 1 to {num_blocks}, got {num_seen}")
     seen_BHQN = torch.empty(*promise_BHQN.shape[:3], num_seen, dtype=torch.int32, device=promise_BHQN.device)
     width = triton.next_power_of_2(num_blocks)
-    _kernel[(seen_BHQN.numel() // num_seen,)](
+    _chosen_blocks_kernel[(seen_BHQN.numel() // num_seen,)](
         promise_BHQN, always_QN, seen_BHQN, num_queries, num_blocks, num_seen, BLOCK=width,
         num_warps=max(1, min(8, width // _NUMBERS_A_WARP)),
     )  # fmt: skip

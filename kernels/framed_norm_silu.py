@@ -41,7 +41,7 @@ def _source(at, size, MARGIN: tl.constexpr, REFLECTS: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _framed_norm_silu_kernel(
     x, bias, scale, shift, y, num_frames, x_sample_stride, y_sample_stride, H, W, eps, C: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, REFLECTS: tl.constexpr, NORMS: tl.constexpr, PLACES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -116,7 +116,7 @@ def _launched(
         num_frames = part.shape[2]
         into = y_BCFHW[:, :, begin : begin + num_frames]
         begin += num_frames
-        _kernel[(triton.cdiv(size[4], places), size[3], samples * num_frames)](
+        _framed_norm_silu_kernel[(triton.cdiv(size[4], places), size[3], samples * num_frames)](
             part, *rows, into, num_frames, part.stride(0), into.stride(0), height, width, 0.0 if eps is None else eps,
             C=channels, ROWS=margin[0], COLUMNS=margin[1], REFLECTS=reflects, NORMS=eps is not None, PLACES=places,
             WIDTH=block, num_warps=NUM_WARPS,

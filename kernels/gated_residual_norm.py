@@ -24,7 +24,7 @@ from kernels.rows import Modulation, ScaledRows, empty_rows, num_warps_for, requ
 
 
 @triton.jit
-def _kernel(
+def _gated_residual_norm_kernel(
     x, branch, gate, gate_index, scale, shift, index, x_out, y, y_scale, num_tokens, gate_sample_stride,
     gate_row_stride, sample_stride, row_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def _launch(
     table = table_of_rows(None if modulation is None else modulation[:2], modulation and modulation.index_BT, x_BTD)
     x_out_BTD = torch.empty_like(x_BTD)
     block = triton.next_power_of_2(width)
-    _kernel[(num_samples * num_tokens,)](
+    _gated_residual_norm_kernel[(num_samples * num_tokens,)](
         x_BTD, branch_BTD, gates.tensors[0], gates.index_BT, *table.tensors, table.index_BT, x_out_BTD, y_BTD,
         y_scale_BT1, num_tokens, *gates.strides, *table.strides, eps,
         D=width, BLOCK=block, num_warps=num_warps_for(block),

@@ -43,7 +43,7 @@ def row_of_token(index, sample, token_row, sample_stride, row_stride):
 
 
 @triton.jit
-def _kernel(
+def _modulated_rms_norm_kernel(
     x, scale, shift, index, y, y_scale, num_tokens, sample_stride, row_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     token_row = tl.program_id(0).to(tl.int64)
@@ -100,7 +100,7 @@ def _launch(
     num_samples, num_tokens, width = x_BTD.shape
     table = table_of_rows(modulation, index_BT, x_BTD)
     block = triton.next_power_of_2(width)
-    _kernel[(num_samples * num_tokens,)](
+    _modulated_rms_norm_kernel[(num_samples * num_tokens,)](
         x_BTD, *table.tensors, table.index_BT, y_BTD, y_scale_BT1, num_tokens, *table.strides, eps,
         D=width, BLOCK=block, num_warps=num_warps_for(block),
     )  # fmt: skip

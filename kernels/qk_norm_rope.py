@@ -78,7 +78,7 @@ def _normed_pairs(row, inverse_rms, weight, eps, H: tl.constexpr, P: tl.constexp
 
 
 @triton.jit
-def _kernel(
+def _qk_norm_rope_kernel(
     x, inverse_rms, weight, second_x, second_weight, cos, sin, y, second_y, num_tokens, table_sample_stride, eps,
     H: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def _kernel(
 
 
 @triton.jit
-def _sum_kernel(x, total, D: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_of_squares_kernel(x, total, D: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     values = tl.load(x + row * D + channel, mask=channel < D, other=0.0).to(tl.float32)
@@ -168,7 +168,7 @@ def sum_of_squares(x_BTD: Tensor) -> Tensor:
     width = x_BTD.shape[-1]
     sum_BT1 = torch.empty(*x_BTD.shape[:-1], 1, dtype=torch.float32, device=x_BTD.device)
     block = triton.next_power_of_2(width)
-    _sum_kernel[(sum_BT1.numel(),)](x_BTD, sum_BT1, D=width, BLOCK=block, num_warps=num_warps_for(block))
+    _sum_of_squares_kernel[(sum_BT1.numel(),)](x_BTD, sum_BT1, D=width, BLOCK=block, num_warps=num_warps_for(block))
     return sum_BT1
 
 
@@ -204,7 +204,7 @@ def _launch(
         sample_stride = cos.stride(0) if cos.shape[0] > 1 else 0
     made = [torch.empty_like(each_BTD) for each_BTD, _ in projections]
     heads, pairs = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_pairs)
-    _kernel[(num_samples * num_tokens,)](
+    _qk_norm_rope_kernel[(num_samples * num_tokens,)](
         x_BTD, inverse_BT1, weight_D, second_x_BTD, second_weight_D, cos, sin, made[0], made[1] if others else None,
         num_tokens, sample_stride, eps, H=num_heads, P=num_pairs, INTERLEAVED=interleaved, HEADS=heads, PAIRS=pairs,
         num_warps=num_warps_for(2 * heads * pairs),

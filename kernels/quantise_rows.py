@@ -45,7 +45,7 @@ def _gelu_tanh(x):
 
 
 @triton.jit
-def _kernel(x, peak, y, y_scale, D: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_rows_kernel(x, peak, y, y_scale, D: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < D
@@ -61,7 +61,7 @@ def _kernel(x, peak, y, y_scale, D: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _peak_kernel(x, peak, D: tl.constexpr, BLOCK: tl.constexpr):
+def _row_peaks_kernel(x, peak, D: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     values = tl.load(x + row * D + channel, mask=channel < D, other=0.0).to(tl.float32)
@@ -85,7 +85,7 @@ def row_peaks(x_MD: Tensor) -> Tensor:
     width = x_MD.shape[-1]
     peak_M1 = torch.empty(*x_MD.shape[:-1], 1, dtype=torch.float32, device=x_MD.device)
     block = triton.next_power_of_2(width)
-    _peak_kernel[(peak_M1.numel(),)](x_MD, peak_M1, D=width, BLOCK=block, num_warps=num_warps_for(block))
+    _row_peaks_kernel[(peak_M1.numel(),)](x_MD, peak_M1, D=width, BLOCK=block, num_warps=num_warps_for(block))
     return peak_M1
 
 
@@ -100,7 +100,7 @@ def _launch(x_BTD: Tensor, gelu: bool, peak_M1: Tensor | None = None) -> ScaledR
     require_contiguous("x_BTD", x_BTD)
     rows, width = empty_rows(x_BTD), x_BTD.shape[-1]
     block = triton.next_power_of_2(width)
-    _kernel[(x_BTD.numel() // width,)](
+    _quantise_rows_kernel[(x_BTD.numel() // width,)](
         x_BTD, peak_M1, rows.values_BTD, rows.scale_BT1, D=width, GELU=gelu, BLOCK=block, num_warps=num_warps_for(block)
     )
     return rows

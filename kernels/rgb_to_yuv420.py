@@ -76,7 +76,7 @@ def _two_rows_of_luma(x, y, num_wrong, column, mask, channel_stride, row_stride,
 
 
 @triton.jit
-def _kernel(
+def _rgb_to_yuv420_kernel(
     x, planes, num_wrong, H, W, channel_stride, frame_stride, row_stride, column_stride, U_SCALE: tl.constexpr,
     V_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def rgb_to_yuv420(video_CFHW: Tensor) -> tuple[Tensor, Tensor]:
     _, num_frames, height, width = video_CFHW.shape
     planes_FRW = torch.empty(num_frames, height * 3 // 2, width, dtype=torch.uint8, device=video_CFHW.device)
     num_wrong = torch.zeros(1, dtype=torch.int32, device=video_CFHW.device)
-    _kernel[(triton.cdiv(width // 2, BLOCK), height // 2, num_frames)](
+    _rgb_to_yuv420_kernel[(triton.cdiv(width // 2, BLOCK), height // 2, num_frames)](
         video_CFHW, planes_FRW, num_wrong, height, width, *video_CFHW.stride(),
         U_SCALE=224 / 1.8556, V_SCALE=224 / 1.5748, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip

@@ -174,13 +174,13 @@ class BenchJob:
     # The worker may use so much of its GPU's memory (1e9 bytes); no bound if left out. In `latency` one contestant at a
     # time.
     gpu_memory_limit_gb: float | None = None
-    # Of `step`, `gang`, `decode`, `kernel` and `latency`: width x height x frames; if left out 768x512x121 and
-    # 1920x1088x121, the latter alone in `latency`.
+    # Of `step`, `profile`, `gang`, `decode`, `kernel` and `latency`: width x height x frames; if left out 768x512x121
+    # and 1920x1088x121, the latter alone in `latency`.
     shapes: list[str] | None = None
     # Of `latency`: timed clips of natural pictures; of noise there is one. Of `step`: turns of two timed steps.
     repeats: int = 3
-    # Of `step`, `gang` and `latency`: who takes part; the tiers and, but for `latency`, the peers if left out. Of
-    # `decode`: the ways beside `whole`; all if left out.
+    # Of `step`, `profile`, `gang` and `latency`: who takes part; the tiers and, of `step` and `gang`, the peers if left
+    # out. Of `decode`: the ways beside `whole`; all if left out.
     contestants: list[str] | None = None
     # Of `gang`: how a clip is spread over GPUs of this host.
     layouts: list[str] = field(default_factory=lambda: ["ulysses2", "ring2", "tensor2"])

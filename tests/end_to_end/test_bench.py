@@ -92,7 +92,7 @@ def test_a_bound_on_gpu_memory_is_refused_without_a_gpu(model_folder: Path, tmp_
 def test_a_bench_that_does_not_exist_is_refused() -> None:
     assert_refused(
         run_command("bench", "cip"),
-        "write, clip, batch, latency, step, gang, decode, kernel, encode or table",
+        "write, clip, batch, latency, step, profile, gang, decode, kernel, encode or table",
         "'cip'",
     )
     assert_refused(run_command("bench", "write", "model=ltx2_19b_dev"), "folder=")
@@ -166,6 +166,19 @@ def test_a_measurement_adds_a_dated_row_for_each_shape(
     # A busy machine may have stood still while ceilings were measured; then times below them are rightly errors.
     errors = [facts for row in rows for facts in row["contestants"].values() if "error" in facts]
     assert done.returncode == (1 if errors else 0), done.stderr
+
+
+def test_a_profile_says_what_each_step_is_made_of(tmp_path: Path) -> None:
+    done = run_command("bench", "profile", "shapes=[64x64x9]", "contestants=[plain,exact]", f"results={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "profile.jsonl").read_text())
+    assert row["what"] == "profile" and row["shape"] == "64x64x9" and row["versions"]["torch"]
+    for facts in row["contestants"].values():
+        times = [ms for _, _, ms in facts["kernels"]]
+        assert times == sorted(times, reverse=True) and 0 < sum(times) <= facts["sum_ms"]
+    if row["device"] == "cpu":
+        # Two products of 2 layers' feed-forward, at least.
+        assert any("addmm" in name and calls >= 4 for name, calls, _ in row["contestants"]["plain"]["kernels"])
 
 
 def test_the_table_is_printed(tmp_path: Path) -> None:
