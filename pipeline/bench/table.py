@@ -40,14 +40,16 @@ _DECODES = (
 _BATCHES = ("batch", "clips", "recipe", "precision", "GPUs", "layouts", "wall", "clips a minute", "video s per s",
             "GPU s a clip, loaded", "$ a clip, loaded", "idle", "measured")  # fmt: skip
 _LATENCIES = ("warm clip", "recipe", "precision", "pictures", "seconds to the commit, median (least to most)",
-              "to the closed MP4", "text", "denoise", "upsample", "decode", "encode (beside)", "video s per s",
+              "to the closed MP4", "text", "denoise", "upsample", "decode", "from the last frame to the close",
+              "encode (beside)", "video s per s",
               "peak GPU memory", "GPU capped at", "measured")  # fmt: skip
 _GANGS = ("one step on several GPUs", "layout", "contestant", "seconds, median (least to most)",
           "times one GPU's speed", "cosine against one GPU", "weights a GPU", "measured")  # fmt: skip
 _ENCODES = ("encoding", "x264", "clip", "seconds, median (least to most)", "size", "measured")
 
 
-_STAGES = ("text_encode", "denoise", "upsample", "decode", "encode")
+_ON_DEVICE = ("text_encode", "denoise", "upsample", "decode")
+_STAGES = (*_ON_DEVICE, "encode")
 # What a clip of random weights is encoded from.
 _PICTURES = ("natural", "as_decoded")
 
@@ -178,11 +180,15 @@ def _latency(facts: Row, pictures: str) -> tuple[str, ...]:
     found = facts.get("pictures", {}).get(pictures, {})
     seconds, *_ = _speed(facts | found)
     if not found or "error" in facts:
-        return (seconds, *[""] * (len(_STAGES) + 3))
+        return (seconds, *[""] * (len(_STAGES) + 4))
     # The first rows have no such time.
-    closed = f"{found['closed_s']:.2f} s" if "closed_s" in found else ""
-    stages = (f"{found[f'{stage}_s']:.2f} s" for stage in _STAGES)
-    return seconds, closed, *stages, f"{found['real_time_factor']:.2f}", _gigabytes(found["peak_gpu_memory_bytes"])
+    closed = rest = ""
+    if "closed_s" in found:
+        closed_s = found["closed_s"]
+        closed, rest = (f"{s:.2f} s" for s in (closed_s, closed_s - sum(found[f"{stage}_s"] for stage in _ON_DEVICE)))
+    *stages, encode = (f"{found[f'{stage}_s']:.2f} s" for stage in _STAGES)
+    memory = _gigabytes(found["peak_gpu_memory_bytes"])
+    return seconds, closed, *stages, rest, encode, f"{found['real_time_factor']:.2f}", memory
 
 
 def _gangs(rows: Iterable[Row]) -> Iterator[_Line]:
