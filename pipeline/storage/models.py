@@ -12,6 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ def stage(
         )
     hashes: dict[str, str] = {}
     files: dict[str, Mapping[str, Any]] = {}
+    hashed = _hashed({name: _found(folder, name) for name in everything.values() if name not in kept}, known)
     for part, name in everything.items():
-        own = kept[name] if name in kept else _hashed(folder, name, known)
+        own = kept[name] if name in kept else hashed[name]
         files |= own
         if part in parts:
             # The fingerprint is of contents: where files lie and what the checkpoint file is called is no part.
@@ -87,12 +89,20 @@ def stage(
     return fingerprint
 
 
-def _hashed(folder: Path, name: str, known: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _found(folder: Path, name: str) -> dict[str, Path]:
+    """The files of a part, which may be one itself, by their names in a sidecar."""
     base = folder / name
-    files = {str(Path(name) / file.relative_to(base)): file for file in (_files_in(base) if base.is_dir() else [base])}
+    return {str(Path(name) / file.relative_to(base)): file for file in (_files_in(base) if base.is_dir() else [base])}
+
+
+def _hashed(found: Mapping[str, Mapping[str, Path]], known: Mapping[str, str]) -> dict[str, Files]:
+    """Facts of the files of each part. All are hashed side by side: a core does a GB/s, and a model has 68."""
+    unknown = {path: file for files in found.values() for path, file in files.items() if path not in known}
+    with ThreadPoolExecutor() as threads:
+        sha256 = {**known, **dict(zip(unknown, threads.map(sha256_of, unknown.values()), strict=True))}
     return {
-        path: {"sha256": known.get(path) or sha256_of(file), "size_bytes": file.stat().st_size}
-        for path, file in files.items()
+        name: {path: {"sha256": sha256[path], "size_bytes": file.stat().st_size} for path, file in files.items()}
+        for name, files in found.items()
     }
 
 

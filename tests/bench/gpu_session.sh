@@ -1,24 +1,49 @@
 #!/usr/bin/env bash
-# One session on a host with two GPUs, in two halves: whole warm clips on the first GPU beside single steps and decoding on
-# the second, then one clip over both. Rows and logs go to $OUT. A half took under 280 s on two H200s (2026-11-29).
+# Parts of a session on a host with GPUs, each of which fits into ten minutes. Rows and logs go to $OUT.
 #
-#   tests/bench/gpu_session.sh apart|together      PYTHON (python3), MODEL (ltx2_19b_distilled)
+#   tests/bench/gpu_session.sh PART      PYTHON (python3), MODEL (ltx2_19b_distilled), FOLDER (/tmp/model, of `cold`)
+#
+# On one GPU: `clips`, whole warm clips (300 s on an H200, 2026-12-01); `steps`, single steps beside diffusers; `small`, steps
+# of LTX-Video 2B at the sizes of its recipe for 1920x1088; `cold`, a clip from an empty process, without and with what the
+# first one compiled, under 80 GB. On two: `apart`, clips on one and steps on the other; `together`, one clip over both.
 set -u
-half=${1:?apart or together}
+part=${1:?clips, steps, small, cold, apart or together}
 python=${PYTHON:-python3}
 model=model=${MODEL:-ltx2_19b_distilled}
 shapes='shapes=[960x544x121,1920x1088x121]'
-mkdir -p "$OUT/clips" "$OUT/steps" "$OUT/gangs"
+mkdir -p "$OUT"
 
 # What is measured says its exit code and when it ended, into its own log and here.
 measure() {
   local folder=$OUT/$1
   shift
+  mkdir -p "$folder"
   "$python" -m jobs.bench "$@" "$model" "results=$folder" > "$folder/$1.log" 2>&1
   echo "$1: exit $? at $(date +%T)"
 }
 
-case $half in
+case $part in
+  clips)
+    measure clips latency repeats=2
+    measure short latency repeats=2 recipe=distilled_two_stage_short 'contestants=[fast]'
+    ;;
+  steps)
+    # The small ones replayed too, as workers do.
+    measure large step 'shapes=[1920x1088x121]' 'contestants=[exact,fp8,fast,diffusers_compiled]'
+    measure small step 'shapes=[768x512x121,960x544x121]' 'contestants=[exact,fp8_graphed,fast_graphed,diffusers_compiled]'
+    ;;
+  small)
+    model=model=ltxv_2b_distilled
+    measure steps step repeats=1 'shapes=[1280x704x257]' 'contestants=[exact,fast,diffusers_compiled]'
+    measure steps step repeats=1 'shapes=[2560x1408x257]' 'contestants=[exact,fast,diffusers_compiled]'
+    ;;
+  cold)
+    files=folder=${FOLDER:-/tmp/model}
+    "$python" -m jobs.bench write "$model" "$files" > "$OUT/write.log" 2>&1
+    for name in first second; do
+      measure "$name" clip "$files" gpu_memory_limit_gb=80 precision=fp8 output=/tmp/cold
+    done
+    ;;
   apart)
     CUDA_VISIBLE_DEVICES=0 measure clips latency repeats=2 &
     {
@@ -33,7 +58,7 @@ case $half in
     measure gangs gang "$shapes" 'layouts=[ulysses2]' 'contestants=[exact,fp8,fast,xdit_compiled,decode]'
     ;;
   *)
-    echo "half must be apart or together, got $half" >&2
+    echo "PART must be clips, steps, small, cold, apart or together, got $part" >&2
     exit 2
     ;;
 esac

@@ -181,7 +181,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("num_faults", "num_rows"), [(8, 400), pytest.param(1000, 10_000, marks=pytest.mark.long)], ids=["short", "long"]
+    ("num_faults", "num_rows"), [(6, 260), pytest.param(1000, 10_000, marks=pytest.mark.long)], ids=["short", "long"]
 )
 def test_kills_of_ranks_drivers_and_nodes_lose_double_and_tear_nothing(
     farm_site: Callable[..., FarmSite], num_faults: int, num_rows: int
@@ -218,7 +218,7 @@ def test_kills_of_ranks_drivers_and_nodes_lose_double_and_tear_nothing(
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("num_kills", "num_stops", "num_rows"), [(2, 1, 60), pytest.param(100, 50, 1200, marks=pytest.mark.long)],
+    ("num_kills", "num_stops", "num_rows"), [(1, 1, 44), pytest.param(100, 50, 1200, marks=pytest.mark.long)],
     ids=["short", "long"],
 )  # fmt: skip
 def test_a_gang_that_loses_a_rank_in_a_collective_starts_again_as_a_whole(

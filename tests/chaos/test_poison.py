@@ -57,7 +57,7 @@ def poison_s(events: list[dict[str, Any]], kinds: Mapping[str, str]) -> float:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("num_rows", "num_poison"), [(150, 5), pytest.param(2000, 20, marks=pytest.mark.long)], ids=["short", "long"]
+    ("num_rows", "num_poison"), [(80, 5), pytest.param(2000, 20, marks=pytest.mark.long)], ids=["short", "long"]
 )
 def test_poison_is_set_aside_with_its_cause_and_takes_only_its_own_time(
     farm_site: Callable[..., FarmSite], tmp_path: Path, num_rows: int, num_poison: int
