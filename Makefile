@@ -69,6 +69,7 @@ OF_FILES = model=$(BENCH_MODEL) folder=$(BENCH_FOLDER)
 bench: setup ## measure on the GPUs of this host, into tests/bench/results; BENCH_MODEL, BENCH_FOLDER, BENCH_LAYOUTS, BENCH_GANGS
 	-$(BENCH) step model=$(BENCH_MODEL)
 	-[ $$(nvidia-smi -L | wc -l) -lt 2 ] || $(BENCH) gang model=$(BENCH_MODEL) 'layouts=[$(BENCH_GANGS)]' 'shapes=[960x544x121,1920x1088x121]'
+	-$(BENCH) profile model=$(BENCH_MODEL)
 	-$(BENCH) decode model=$(BENCH_MODEL)
 	-$(BENCH) kernel model=$(BENCH_MODEL) 'shapes=[960x544x121,1920x1088x121]'
 	-$(BENCH) kernel model=ltxv_2b_distilled 'shapes=[1920x1088x257]'

@@ -158,7 +158,7 @@ def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
         "load_gb": num_bytes / 1e9,
         "load_gb_per_s": num_bytes / 1e9 / load_s if load_s else None,
         # From an empty process to the commit.
-        "first_clip_s": (row["finished_at"] - run.began).total_seconds(),
+        "first_clip_s": (row["finished_at"] - run.began).total_seconds() if row["status"] == "rendered" else None,
         **{name: row[name] for name in (*STAGES, "peak_gpu_memory_bytes", "peak_host_memory_bytes")},
         "gpu_memory_limit_gb": job.gpu_memory_limit_gb,
         "playable": _is_playable(row),

@@ -9,8 +9,8 @@ odd ones. Everything is float32 and rounded once, to the dtype of x. One program
 Where the channels of a token are held by several devices this comes in two halves: the sum of squares of those here,
 then, once the devices have added theirs up, the rest by the inverse of the norm.
 
-Queries and keys of the same tokens are turned alike: done together they read cos and sin, half of what there is to
-read, once. On one H200 32,640 tokens of 32 heads take 0.37 ms so, and 0.25 ms each alone.
+Queries and keys of the same tokens are turned alike: done together they read cos and sin, half of what each moves,
+once. On one H200 32,640 tokens of 32 heads take 0.37 ms so, and 0.25 ms each alone.
 
 The result has the shape (B, H, T, K) but lies in memory as x does, token by token: rows are written as they were read,
 and attention, which gives its result the layout of the queries, needs no copy to put heads side by side again.

@@ -34,7 +34,9 @@ def row_scaled_to(row, peak):
     """As `scaled_row`, of a float32 row whose peak is known."""
     scale = tl.where(peak > 1e-30, peak / 448.0, 1.0)
     row = row * (1.0 / scale)
-    return tl.minimum(tl.maximum(row, -448.0), 448.0).to(tl.float8e4nv), scale
+    # NaN stays NaN, so that whoever looks at the end sees it.
+    row = tl.maximum(row, -448.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(row, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv), scale
 
 
 @triton.jit

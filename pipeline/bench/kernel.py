@@ -47,14 +47,15 @@ def measure_kernels(
                 name: partial(getattr(ops, case.slot), *case.arguments)
                 for name, ops in (("plain", plain), ("fused", fused))
             }
-            got, wanted = (_last(calls[name]()) for name in ("fused", "plain"))
+            made = [_tensors(calls[name]()) for name in ("fused", "plain")]
+            worst = max((difference(*pair) for pair in zip(*made, strict=True)), key=lambda facts: facts["relative"])
             times = {name: spread(all_s) for name, all_s in in_turns(calls, device, kernel_seconds_of).items()}
             fused_s = times["fused"]["median_s"]
             moved_s = case.num_bytes / limits.copy_tb_per_s / 1e12
             floor_s = max(moved_s, limits.floor_s(case.flops, in_float8=False))
             found[case.slot] = times | {
                 "percent_of_copy": 100 * moved_s / fused_s, "percent_of_floor": 100 * floor_s / fused_s,
-                "difference": difference(got, wanted), **judged(fused_s, floor_s),
+                "difference": worst, **judged(fused_s, floor_s),
             }  # fmt: skip
         yield new_row(
             "kernel", model=model.name, shape=label, num_tokens=shape.num_video_tokens, device=device,
@@ -97,14 +98,13 @@ def _cases(tokens: int, num_heads: int, head_dim: int, device: str) -> Iterator[
     yield _Case("linear_gelu", (x, up, bias), 5 * unit + up.nbytes, 2.0 * tokens * width * 4 * width)
 
 
-def _last(output: Any) -> Tensor:
-    """The last tensor that an operation makes, float8 rows multiplied out."""
+def _tensors(output: Any) -> list[Tensor]:
+    """All that an operation makes, float8 rows multiplied out."""
     if isinstance(output, Tensor):
-        return output
+        return [output]
     if isinstance(output, ScaledRows):
-        return output.values_BTD.float() * output.scale_BT1
-    *_, last = output
-    if not isinstance(last, Tensor):
-        return _last(last)
-    values, last = output
-    return values.float() * last if values.dtype == torch.float8_e4m3fn else last
+        return [output.values_BTD.float() * output.scale_BT1]
+    first, second = output
+    if isinstance(first, Tensor) and first.dtype == torch.float8_e4m3fn:
+        return [first.float() * second]
+    return [*_tensors(first), *_tensors(second)]

@@ -97,7 +97,7 @@ def _clips(rows: Iterable[Row]) -> Iterator[_Line]:
         load = f"{row['load_s']:.1f} s, {row['load_gb_per_s']:.1f} GB/s"
         stages = (row[f"{stage}_s"] for stage in ("text_encode", "denoise", "decode", "encode", "wall"))
         # The first rows have no such time.
-        empty = f"{row['first_clip_s']:.1f} s" if "first_clip_s" in row else ""
+        empty = f"{row['first_clip_s']:.1f} s" if row.get("first_clip_s") else ""
         yield _Line(key, (
             f"{row['model']} {shape}", row["recipe"], row["precision"], load, *(f"{s:.1f} s" for s in stages),
             empty, _gigabytes(row["peak_gpu_memory_bytes"]), "" if cap is None else f"{cap:.0f} GB", _measured(row),

@@ -52,7 +52,7 @@ class ClusterConfig:
     gpu_memory_limit_gb: float | None = None
     # A worker of one GPU that holds the whole model replays denoiser calls of fewer video tokens than this, all samples
     # together, as CUDA graphs; 0: none. On one H200 Python queues a step of 19B in 0.2 to 0.3 s, whatever its size; at
-    # 8,160 tokens (half of 1920x1088, 121 frames) the device takes 0.43 s in bfloat16, but 0.24 s in the fast tier.
+    # 8,160 tokens (half of 1920x1088, 121 frames) the device takes 0.43 s in bfloat16, but 0.25 s in the fast tier.
     # Clips are the same to the bit: it is no part of the content key.
     graph_below_tokens: int = 12288
     # Every node sees `output` under the same path (NFS, say), so it may be a plain path on several nodes.

@@ -151,7 +151,7 @@ class EncodeConfig:
     preset: str = "veryfast"
     crf: int = 18
     # A constant, not the machine's cores: x264 writes other bytes for another number of threads. A natural clip of
-    # 1920x1088x121 took two 3.9 s on a GPU host of 16 cores, 12 1.3 s and 24 0.93 s, in which the cores are full.
+    # 1920x1088x121 took two 3.9 s on a GPU host of 16 cores, 12 1.3 s and 24 0.93 s, in which ten of the cores work.
     x264_threads: int = 24
     audio_bitrate_kbps: int = 192
     thumbnail_quality: int = 85

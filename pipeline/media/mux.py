@@ -258,7 +258,8 @@ class _Picture:
 
     def __init__(self, container: OutputContainer, clip: _Clip, first_frame: YuvFrames) -> None:
         settings = clip.settings
-        # Threads that look ahead: of x264's own choice, a sixth, the others wait for them.
+        # Threads that look ahead, of which x264 itself takes half as many. On 16 cores a natural clip of 1920x1088x121
+        # took 12 threads 1.33 s with two ahead and 1.22 with four, 24 threads 0.96 with four and 0.93 with eight.
         ahead = max(1, settings.x264_threads // 3)
         options = {
             "preset": settings.preset,

@@ -79,8 +79,16 @@ class FusedAdapters:
         touched = {stored for adapter in opened for stored in adapter.factors}
         # Until all is done the weights are of no known set, and whatever was touched has to be written again.
         self._fused, self._touched = None, self._touched | touched
-        for stored in sorted(self._touched):
-            self._write(stored, [adapter for adapter in opened if stored in adapter.factors])
+        regions = {
+            stored: region_of(stored, self._places[stored], self._checkpoint, self._sharding)
+            for stored in self._checkpoint.tensor_specs()
+            if stored in self._touched
+        }
+        # The module is on one device.
+        device = next(self._denoiser.parameters()).device
+        with self._checkpoint.reading_ahead(regions, device):
+            for stored, region in regions.items():
+                self._write(stored, [adapter for adapter in opened if stored in adapter.factors], region, device)
         self._fused, self._touched = wanted, touched
         self.num_fusions += 1
 
@@ -93,10 +101,8 @@ class FusedAdapters:
         shapes = {stored: specs[stored].shape for stored in self._places}
         return [_AdapterFile(adapter, shapes) for adapter in adapters]
 
-    def _write(self, stored: str, adapters: list[_AdapterFile]) -> None:
+    def _write(self, stored: str, adapters: list[_AdapterFile], region: Region, device: torch.device) -> None:
         place = self._places[stored]
-        device = self._denoiser.get_parameter(place).device
-        region = region_of(stored, place, self._checkpoint, self._sharding)
         if not adapters:
             fill_place(self._denoiser, place, self._checkpoint, stored, device, self._dtype, region)
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,20 +155,23 @@ class TensorFile:
         tensor = self._file.get_slice(name)[region] if region else self._file.get_tensor(name)
         return tensor.to(device=device, dtype=target, copy=True)
 
-    def reading_ahead(self, regions: Mapping[str, Region], device: torch.device | str) -> AbstractContextManager[None]:
+    @contextmanager
+    def reading_ahead(self, regions: Mapping[str, Region], device: torch.device | str) -> Iterator[None]:
         """Within, these tensors are on their way to a GPU before they are read, each with its scale if it has one.
 
-        For whoever reads them in this order, which should be the file's, and in these regions; any other reading gives
-        the same, but later.
+        In another order, which should be the file's, or in other regions they come later.
         """
         if torch.device(device).type != "cuda":
-            return nullcontext()
+            yield
+            return
         reads = []
         for name, region in regions.items():
             reads.append(Read(name, self._specs[name], region))
             if scale := self.scale_of(name):
                 reads.append(Read(scale, self._specs[scale]))
-        return self._pinned_reader(device).reading_ahead(reads)
+        with self._pinned_reader(device).reading_ahead(reads):
+            yield
+        self._reader = None  # its pinned memory serves the next file
 
     def _pinned_reader(self, device: torch.device | str) -> PinnedReader:
         if self._reader is None:

@@ -31,9 +31,9 @@ Call = Callable[[], Velocities]
 NUM_KEPT = 4
 """Shapes of calls that are remembered. The graph of one holds the text's keys and values (1.2 GB for a 19B model and
 1,024 text tokens) and what its call takes beside weights."""
-GRAPH_BYTES = 2_000_000_000
+GRAPH_BYTES = 3_000_000_000
 """What a graph of a 19B model is taken to hold: on one H200 1.26 GB more than the calls beside it at 8,160 tokens, and
-their activations, which its pool has once more."""
+their activations, which its pool has once more, 0.13 GB for each 1,000 tokens of up to 12,288."""
 _NOT_READ = torch.empty(0)
 
 

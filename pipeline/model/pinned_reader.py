@@ -32,8 +32,8 @@ from pipeline.model.share import Region
 # 1,065 with 21, 29 and 34. But of 32 MiB the ring is a gigabyte, which takes 0.7 s to pin, of 16 MiB 0.26 s
 # (tests/bench/results/weights.jsonl).
 BUFFER_BYTES = 16 << 20
-# One a core, each of which copies 5 to 8 GB/s out of the page cache: 16 give more than a GPU takes in. Never less than
-# 8, because a thread that waits for a disk needs no core.
+# One a core, 16 at most. Never less than 8, because a thread that waits for a disk needs no core; by 8 MiB a buffer 8
+# were as fast as 16 from the page cache, with larger buffers 8 were not tried.
 NUM_THREADS = min(max(os.cpu_count() or 1, 8), 16)
 # As many are being emptied as are being filled.
 NUM_BUFFERS = 2 * NUM_THREADS
@@ -224,7 +224,13 @@ class PinnedReader:
             reads.append(read)
         for read in reads:
             del self._announced[read.name]
-        for arrival in self._begin(reads):
+        try:
+            begun = self._begin(reads)
+        except torch.OutOfMemoryError:
+            # A window does not fit; one tensor at a time may.
+            self._announced.clear()
+            return
+        for arrival in begun:
             self._ahead[arrival.read.name] = arrival
             self._ahead_bytes += arrival.num_bytes
 

@@ -25,7 +25,17 @@ from pipeline.model.pinned_reader import PinnedReader, Read
 
 RESULTS = Path(__file__).parent / "results" / "weights.jsonl"
 # (threads, buffers, MiB a buffer)
-RINGS = [(1, 2, 8), (4, 8, 8), (8, 16, 4), (8, 16, 8), (8, 16, 32), (16, 32, 8), (16, 32, 16)]
+RINGS = [
+    (1, 2, 8),
+    (4, 8, 8),
+    (8, 16, 4),
+    (8, 16, 8),
+    (8, 16, 32),
+    (16, 32, 8),
+    (8, 16, 16),
+    (16, 32, 16),
+    (16, 32, 32),
+]
 NUM_ROUNDS = 3
 
 

@@ -41,6 +41,14 @@ def test_a_clip_adds_a_dated_row_with_hardware_and_versions(model_folder: Path, 
     assert row["at"].startswith("20")
 
 
+def test_a_clip_that_is_not_rendered_is_a_row_too(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ["width=64", "height=64", "num_frames=9", "limits.max_side_px=32", f"folder={model_folder}"]
+    done = run_command("bench", "clip", *arguments, f"output={tmp_path / 'out'}", f"results={tmp_path}")
+    assert done.returncode == 3, done.stderr
+    row = json.loads((tmp_path / "clip.jsonl").read_text())
+    assert row["status"] == "rejected" and row["exit_code"] == 3 and row["first_clip_s"] is None
+
+
 @pytest.mark.ray
 def test_a_batch_adds_a_row_of_how_fast_its_clips_came(model_folder: Path, tmp_path: Path) -> None:
     done = run_command("bench", "batch", "num_clips=5", "width=64", "height=64", "num_frames=9",
@@ -168,6 +176,7 @@ def test_a_measurement_adds_a_dated_row_for_each_shape(
     assert done.returncode == (1 if errors else 0), done.stderr
 
 
+@pytest.mark.gpu
 def test_a_profile_says_what_each_step_is_made_of(tmp_path: Path) -> None:
     done = run_command("bench", "profile", "shapes=[64x64x9]", "contestants=[plain,exact]", f"results={tmp_path}")
     assert done.returncode == 0, done.stderr

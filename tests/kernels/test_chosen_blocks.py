@@ -63,6 +63,11 @@ def test_of_equal_promises_the_first_count(value, device):
     assert got.tolist() == [[[[0, 1, 2], [0, 1, 30], [0, 1, 20]]]]
 
 
+def test_zeros_of_either_sign_are_equal(device):
+    promise = torch.tensor([-0.0, 0.0, -0.0, 0.0, -1.0], device=device)[None, None, None]
+    assert assert_chosen(promise, torch.zeros(1, 5, dtype=torch.bool, device=device), 2).tolist() == [[[[0, 1]]]]
+
+
 def test_what_does_not_fit_is_refused(device):
     choose, promise = fused_ops("cuda").chosen_blocks, torch.zeros(1, 1, 2, 5, device=device)
     always = torch.zeros(2, 5, dtype=torch.bool, device=device)

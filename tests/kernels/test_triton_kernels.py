@@ -221,6 +221,16 @@ def test_quantised_rows_are_their_reference(shape, dtype, device):
     assert_same_rows(kernel("quantise_rows", "gelu_quantised")(x), reference.gelu_quantised(x))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter makes a number of a float8 NaN; needs a GPU")
+@pytest.mark.parametrize("name", ["quantise_rows", "gelu_quantised"])
+def test_what_is_no_number_stays_none(name, device):
+    x = torch.ones(1, 2, 64, device=device)
+    x[0, 1, 7] = float("nan")
+    values, scale, *_ = kernel("quantise_rows", name)(x)
+    back = values.float() * scale
+    assert back[0, 0].isfinite().all() and back[0, 1, 7].isnan()
+
+
 def test_rows_of_tiny_numbers_and_of_zeros_stay_finite(device):
     x = torch.zeros(1, 3, 64, device=device)
     x[0, 1, 5], x[0, 2, 5] = 1e-38, 1e-20

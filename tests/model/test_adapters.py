@@ -134,11 +134,11 @@ def test_an_interrupted_change_is_made_good_by_the_next(loaded, files, monkeypat
     clean = snapshot(denoiser)
     write, written = adapters._write, []
 
-    def fails_at_the_tenth(stored, using):
+    def fails_at_the_tenth(stored, *others):
         written.append(stored)
         if len(written) == 10:
             raise OSError("the disk went away")
-        write(stored, using)
+        write(stored, *others)
 
     monkeypatch.setattr(adapters, "_write", fails_at_the_tenth)
     with pytest.raises(OSError):

@@ -234,6 +234,21 @@ def test_nothing_is_read_any_more_once_a_fill_has_ended_early(path, reads, expec
         assert all(torch.equal(reader.read(*read), expected[read.name]) for read in reads)
 
 
+def test_a_window_that_does_not_fit_is_read_one_by_one(path, reads, expected, monkeypatch):
+    reader = PinnedReader(path, "cpu", **RING)
+    begin = PinnedReader._begin
+
+    def begin_one(self, wanted):
+        if len(wanted) > 1:
+            raise torch.OutOfMemoryError("too much")
+        return begin(self, wanted)
+
+    monkeypatch.setattr(PinnedReader, "_begin", begin_one)
+    with reader.reading_ahead(reads):
+        for read in reads:
+            assert torch.equal(reader.read(*read), expected[read.name])
+
+
 class FirstHalf:
     """A share of every matrix, by its rows; computes nothing with it."""
 

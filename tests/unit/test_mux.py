@@ -251,3 +251,14 @@ def test_other_storage_errors_keep_their_class(tmp_path: Path) -> None:
 )
 def test_decimal_rates_become_the_fraction_that_was_meant(fps: float, rate: Fraction) -> None:
     assert exact_rate(fps) == rate
+
+
+def test_bytes_repeat_with_as_many_threads_as_shipped(tmp_path: Path) -> None:
+    """24, eight of which look ahead, at a size at which x264 takes them all."""
+    settings = EncodeSettings(preset="veryfast", crf=18, x264_threads=24, audio_bitrate_kbps=128)
+    chunks, written = list(moving_chunks(33, height=832, width=192)), set()
+    for number in range(6):
+        path = tmp_path / f"{number}.mp4"
+        write_clip(path, iter(chunks), None, fps=24.0, num_frames=33, sample_rate_hz=0, settings=settings)
+        written.add(path.read_bytes())
+    assert len(written) == 1
