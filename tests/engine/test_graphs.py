@@ -93,7 +93,7 @@ def test_an_engine_whose_parts_wait_replays_nothing_nor_one_that_is_told_so(engi
 
 @pytest.mark.parametrize(
     ("free_gb", "reserved_gb", "limit_gb", "expected"),
-    [(16.0, 67.0, None, True), (15.9, 67.0, None, False), (70.0, 60.0, 80.0, True), (70.0, 65.0, 80.0, False)],
+    [(20.0, 67.0, None, True), (19.9, 67.0, None, False), (70.0, 60.0, 80.0, True), (70.0, 61.0, 80.0, False)],
 )
 def test_graphs_need_room_beside_the_fullest_phase(free_gb, reserved_gb, limit_gb, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (round(free_gb * 1e9), 0))
