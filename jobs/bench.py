@@ -148,7 +148,7 @@ def clip(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
     load_s = sum(entry.gpu_seconds for entry in read_ledger(run.store, run.run_id) if entry.state == "weight_load")
     num_bytes = staged_bytes(job.model.folder, job.model.name, job.model.parts().values())
     measured = {
-        "at": run.at,
+        "at": run.began.isoformat(timespec="seconds"),
         "what": "clip",
         **{name: row[name] for name in ("status", "model", "recipe", "precision", "error_message")},
         **_size(job),
@@ -178,7 +178,7 @@ def batch(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
         return run.exit_code
     first, *_ = run.rows
     measured = {
-        "at": run.at,
+        "at": run.began.isoformat(timespec="seconds"),
         "what": "batch",
         **{name: first[name] for name in ("model", "recipe", "precision")},
         **_size(job),
@@ -198,7 +198,6 @@ def batch(job: BenchJob, model_arguments: list[str], others: list[str]) -> int:
 class _Run(NamedTuple):
     """A run of `jobs.render` that has ended; without rows it did not come to rendering."""
 
-    at: str
     began: datetime
     store: Store
     run_id: str
@@ -227,7 +226,7 @@ def _rendered(job: BenchJob, model_arguments: list[str], others: list[str], prom
     done = subprocess.run([sys.executable, "-m", "jobs.render", *arguments, *others], check=False)
     store = open_store(job.output)
     found = read_rows(store, f"runs/{run_id}/results")
-    return _Run(now.isoformat(timespec="seconds"), began, store, run_id, done.returncode, found)
+    return _Run(began, store, run_id, done.returncode, found)
 
 
 def _size(job: BenchJob) -> dict[str, int]:
